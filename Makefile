@@ -1,0 +1,66 @@
+# Every routine of the project. `make` alone lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(or $(shell command -v uv),$(BIN)/uv)
+# Settings: the environment (and `make PORT=9000`) before .env before .env.example.
+WITH_ENV := $(UV) run --quiet --no-project --env-file .env.example $(if $(wildcard .env),--env-file .env) --
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(if $(UPGRADE),--upgrade)
+
+export PYTHONDONTWRITEBYTECODE := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+define TRY
+curl -X POST http://%s:%s/predict -H 'Content-Type: application/json' -d '{"transaction_id": "tx_12345", \
+"amount": 150.50, "merchant_category": "grocery_stores", "hour": 14, "day_of_week": 2, "user_age": 35, \
+"account_balance": 2500.00}'
+endef
+export TRY
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+.PHONY: install
+install: .venv/installed ## make .venv with what is locked in requirements-dev.txt
+
+.venv/installed: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear .venv
+	@command -v uv >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check uv
+	$(UV) pip sync --python $(BIN)/python --require-hashes --compile-bytecode requirements-dev.txt
+	@touch $@
+
+.PHONY: run
+run: install ## train and register a model if there is none, then serve it; PORT=9000 moves it
+	@$(WITH_ENV) $(BIN)/python train.py --if-missing
+	@$(WITH_ENV) sh -c 'printf "\nWhen it says \"Listening\", try:\n\n$$TRY\n\n" "$$HOST" "$$PORT"'
+	@$(WITH_ENV) $(BIN)/gunicorn
+
+.PHONY: model
+model: install ## train a model and register it as champion
+	@$(WITH_ENV) $(BIN)/python train.py
+
+.PHONY: serve
+serve: install ## serve the registered model
+	@$(WITH_ENV) $(BIN)/gunicorn
+
+.PHONY: test
+test: install ## run all tests
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: install ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: lock
+lock: ## pin what requirements*.in ask for, with hashes; UPGRADE=1 takes the newest
+	$(LOCK) requirements-dev.in --output-file requirements-dev.txt
+	$(LOCK) --constraint requirements-dev.txt requirements.in --output-file requirements.txt
+
+.PHONY: clean
+clean: ## remove the environment, the local registry and caches
+	rm -rf .venv .mlflow .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
