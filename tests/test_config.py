@@ -1,0 +1,118 @@
+"""The configuration: read once, checked as a whole, silent about secrets."""
+
+import re
+
+import pytest
+
+from config import Config, ConfigError, example
+from conftest import HERE, config
+
+
+def test_defaults() -> None:
+    """Only the registry has to be named."""
+    assert {name: value for name, value in config().masked().items() if value is not None} == {
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+        "MODEL_URI": "models:/fraud-detector@champion",
+        "MODEL_LOAD_TIMEOUT": 30,
+        "MAX_BATCH_SIZE": 10_000,
+        "MAX_BODY_BYTES": 4_194_304,
+        "HOST": "127.0.0.1",
+        "PORT": 8000,
+        "WEB_CONCURRENCY": 2,
+        "THREADS": 4,
+        "LOG_LEVEL": "info",
+        "MEMORY_DIR": "/dev/shm",
+    }
+
+
+def test_every_problem_is_named_at_once() -> None:
+    """One message for all variables at fault, with what was expected; a secret's value is not in it."""
+    with pytest.raises(ConfigError) as raised:
+        Config.from_environ(
+            {"MODEL_URI": "fraud-detector", "PORT": "eighty", "FRAUD_THRESHOLD": "1.5", "LOG_LEVEL": "loud"}
+        )
+    assert str(raised.value) == (
+        "bad configuration: "
+        "MLFLOW_TRACKING_URI is not set, expected an http://, https:// or sqlite:/// address; "
+        "MODEL_URI is 'fraud-detector', expected models:/<name>@<alias> or models:/<name>/<number>; "
+        "FRAUD_THRESHOLD is '1.5', expected a number from 0 to 1, such as 0.35; "
+        "PORT is 'eighty', expected a whole number from 0 to 65535; "
+        "LOG_LEVEL is 'loud', expected one of debug, info, warning, error, critical"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("port", "65536"),
+        ("port", "-1"),
+        ("port", "٣"),
+        ("fraud_threshold", "nan"),
+        ("fraud_threshold", "1.01"),
+        ("max_batch_size", "0"),
+        ("model_uri", "models:/fraud-detector/latest"),
+        ("model_uri", "models:/fraud-detector"),
+        ("mlflow_tracking_uri", "file:///tmp"),
+        ("mlflow_s3_endpoint_url", "minio:9000"),
+        ("host", "localhost"),
+        ("memory_dir", "shm"),
+    ],
+)
+def test_bad_values(variable: str, value: str) -> None:
+    """A value outside its range is refused, not bent."""
+    with pytest.raises(ConfigError, match=f"^bad configuration: {variable.upper()} is "):
+        config(**{variable: value})
+
+
+def test_values_are_typed_and_empty_is_not_set() -> None:
+    read = config(fraud_threshold="0.35", port=" 9000 ", host="::1", mlflow_tracking_token="", threads="")
+    assert (read.fraud_threshold, read.port, read.host, read.mlflow_tracking_token, read.threads) == (
+        *(0.35, 9000, "::1"),
+        *(None, 4),
+    )
+
+
+def test_secrets_are_masked() -> None:
+    """Neither `repr` nor the log nor a library's message shows a secret."""
+    secrets = {
+        "mlflow_tracking_password": "s3cret-password",
+        "mlflow_tracking_token": "s3cret-token",
+        "aws_access_key_id": "s3cret-id",
+        "aws_secret_access_key": "s3cret-key",
+        "aws_session_token": "s3cret-session",
+    }
+    read = config(mlflow_tracking_uri="https://user:s3cret-uri@mlflow.example/", **secrets)
+    assert "s3cret" not in repr(read)
+    assert "s3cret" not in str(read.masked())
+    assert "'https://mlflow.example/'" in repr(read)
+    assert read.mask("tried " + " ".join([*secrets.values(), "s3cret-uri"])) == "tried *** *** *** *** *** ***"
+
+
+def test_export() -> None:
+    """The libraries find what Config has, no telemetry, and no empty variable."""
+    environ = {"AWS_DEFAULT_REGION": "", "OMP_NUM_THREADS": "3", "UNRELATED": "x"}
+    config(mlflow_tracking_token="t").export(environ)
+    assert environ == {
+        "DO_NOT_TRACK": "true",
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_TRACKING_TOKEN": "t",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+        "OMP_NUM_THREADS": "3",
+        "OPENBLAS_NUM_THREADS": "1",
+        "UNRELATED": "x",
+    }
+
+
+def test_env_example_is_in_step() -> None:
+    """`.env.example` lists every variable with default and meaning: `python config.py > .env.example`."""
+    assert (HERE / ".env.example").read_text() == example()
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    """No other module touches it."""
+    readers = [path.name for path in HERE.glob("*.py") if re.search(r"os\.(environ|getenv)", path.read_text())]
+    assert readers == ["config.py"]
