@@ -1,0 +1,349 @@
+"""What is loaded, what is refused, and that every way of scoring agrees with scikit-learn's `predict_proba`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
+from sklearn.compose import make_column_transformer
+from sklearn.ensemble import (
+    ExtraTreesClassifier,
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+)
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
+from sklearn.svm import LinearSVC
+
+import train
+from conftest import config
+from model import (
+    CATEGORY,
+    NUMBERS,
+    SIGNATURE,
+    TREELITE_ROWS,
+    Features,
+    Model,
+    ModelError,
+    Snapshot,
+    TreeScore,
+    _new_folder,
+    _scorer,
+    frame,
+    load,
+)
+
+DATA, LABELS, _ = train.generate(6000, seed=1)
+SIGNED = ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE]))
+ORDINAL = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
+ONE_HOT = OneHotEncoder(handle_unknown="ignore")
+# Not all models are to be trained on the labels as drawn: forests of a few trees would know next to no fraud.
+COMMON = ((DATA["amount"] > 100) ^ (np.arange(len(DATA)) % 7 == 0)).astype(int)
+
+
+def fitted(classifier: object, encoder: object = ORDINAL, rest: object = "passthrough") -> Pipeline:
+    columns = make_column_transformer((encoder, [CATEGORY]), remainder=rest)
+    return make_pipeline(columns, classifier).fit(DATA, COMMON)
+
+
+TREES = {
+    "hist gradient boosting": lambda: fitted(HistGradientBoostingClassifier(max_iter=20, random_state=0)),
+    "categorical splits": lambda: train.pipeline(trees=20, seed=0).fit(DATA, COMMON),
+    "random forest": lambda: fitted(RandomForestClassifier(10, random_state=0)),
+    "extra trees": lambda: fitted(ExtraTreesClassifier(10, random_state=0)),
+    "gradient boosting": lambda: fitted(GradientBoostingClassifier(n_estimators=20, random_state=0)),
+    "one-hot": lambda: fitted(RandomForestClassifier(10, max_depth=8, random_state=0), ONE_HOT),
+}
+
+
+@pytest.fixture(scope="module", params=TREES)
+def trees(request: pytest.FixtureRequest) -> tuple[Pipeline, TreeScore]:
+    pipeline = TREES[request.param]()
+    return pipeline, TreeScore(pipeline)
+
+
+categories = st.sampled_from(list(train.CATEGORIES)) | st.text(min_size=1, max_size=64)
+rows = st.builds(
+    Features,
+    amount=st.floats(0, 1e4) | st.floats(0, allow_nan=False, allow_infinity=False),
+    merchant_category=categories,
+    hour=st.integers(0, 23).map(float),
+    day_of_week=st.integers(0, 6).map(float),
+    user_age=st.integers(0, 130).map(float),
+    account_balance=st.floats(-1e5, 1e5) | st.floats(allow_nan=False, allow_infinity=False),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch=st.lists(rows, min_size=1, max_size=20))
+def test_fast_path_equals_predict_proba(trees: tuple[Pipeline, TreeScore], batch: list[Features]) -> None:
+    """Every supported ensemble, known and unknown categories, ordinary and extreme numbers, both ways of scoring."""
+    pipeline, score = trees
+    expected = pipeline.predict_proba(frame(batch))[:, 1]
+    np.testing.assert_allclose(score(batch), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(score.through_sklearn(batch), expected, rtol=0, atol=1e-9)
+
+
+def test_crossing(trees: tuple[Pipeline, TreeScore]) -> None:
+    """The number of rows picks the way, and both ways keep every row in its place."""
+    pipeline, score = trees
+    every = [Features(**row) for row in DATA.head(TREELITE_ROWS + 1).to_dict("records")]
+    expected = pipeline.predict_proba(DATA.head(TREELITE_ROWS + 1))[:, 1]
+    np.testing.assert_allclose(score(every), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(score(every[:-1]), expected[:-1], rtol=0, atol=1e-9)
+
+
+def test_frame_is_what_models_are_trained_on(model: Model) -> None:
+    """Same columns, same order, same kinds of values as the generated training data."""
+    built = frame([Features(**row) for row in DATA.head(50).to_dict("records")])
+    pd.testing.assert_frame_equal(built, DATA.head(50), check_dtype=False)
+    assert [(column, dtype.kind) for column, dtype in built.dtypes.items()] == [
+        (column, dtype.kind) for column, dtype in DATA.dtypes.items()
+    ]
+    assert [column for column, _ in SIGNATURE] == list(DATA.columns)
+
+
+# -- the contract of a model -------------------------------------------------------------------------------------------
+
+
+def golden(score: Callable[[pd.DataFrame], Sequence[float]]) -> list[dict[str, object]]:
+    head = DATA.head(4)
+    return [row | {"fraud_probability": float(p)} for row, p in zip(head.to_dict("records"), score(head), strict=True)]
+
+
+def saved(folder: Path, estimator: Pipeline, **changes: object) -> Snapshot:
+    """An estimator saved as the project saves it, but for the changes."""
+    options = {
+        "signature": SIGNED,
+        "metadata": {
+            "threshold": 0.5,
+            "golden": golden(lambda rows: estimator.predict_proba(rows)[:, 1]) if "metadata" not in changes else None,
+        },
+        "skops_trusted_types": [*train.TRUSTED_TYPES, "sklearn.tree._tree.Tree"],
+        "pip_requirements": [],
+    }
+    mlflow.sklearn.save_model(estimator, folder / "model", **(options | changes))
+    return Snapshot(str(folder / "model"), "n", "1", None, "http://registry")
+
+
+def saved_function(folder: Path, function: Callable[[pd.DataFrame], object]) -> Snapshot:
+    """A PyFunc that is no scikit-learn model."""
+
+    class Function(mlflow.pyfunc.PythonModel):
+        def predict(self, context, model_input, params=None):
+            return function(model_input)
+
+    metadata = {
+        "threshold": 0.5,
+        "golden": golden(lambda rows: np.asarray(function(rows), float).reshape(4, -1)[:, -1]),
+    }
+    mlflow.pyfunc.save_model(
+        folder / "model", python_model=Function(), signature=SIGNED, metadata=metadata, pip_requirements=[]
+    )
+    return Snapshot(str(folder / "model"), "n", "1", None, "http://registry")
+
+
+def test_forest(tmp_path: Path) -> None:
+    assert load(saved(tmp_path, TREES["random forest"]()), config()).scorer == "treelite"
+
+
+def test_model_without_fast_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Logistic regression on scaled numbers is served through its own predict_proba, and the log says so once."""
+    estimator = fitted(LogisticRegression(), ONE_HOT, StandardScaler())
+    loaded = load(saved(tmp_path, estimator), config())
+    assert loaded.scorer == "sklearn"
+    assert [re.sub(":.*", "", record.message) for record in caplog.records if record.name == "gunicorn.error"] == [
+        "no fast path"
+    ]
+    batch = [Features(**row) for row in DATA.head(5).to_dict("records")]
+    np.testing.assert_array_equal(loaded.score(batch), estimator.predict_proba(DATA.head(5))[:, 1])
+
+
+class FakePyFunc:
+    """As much of MLflow's wrapper as `_scorer` looks at."""
+
+    loader_module = "mlflow.sklearn"
+
+    def __init__(self, estimator: Pipeline) -> None:
+        self.get_raw_model = lambda: estimator
+
+
+def wrapped(numbers: pd.DataFrame) -> pd.DataFrame:
+    return numbers % 50
+
+
+def test_disagreement_means_no_fast_path(caplog: pytest.LogCaptureFixture) -> None:
+    """A pipeline that passes small numbers through and changes large ones looks accelerable, and is found out."""
+    estimator = fitted(HistGradientBoostingClassifier(max_iter=20), ORDINAL, FunctionTransformer(wrapped))
+    TreeScore(estimator)  # built without complaint
+    scorer, score = _scorer(FakePyFunc(estimator), [])
+    assert scorer == "sklearn"
+    assert re.fullmatch(r"no fast path: treelite and scikit-learn differ by 0\.\d+", caplog.messages[-1])
+    np.testing.assert_array_equal(
+        score([Features(500.0, "travel", 1.0, 1.0, 30.0, 100.0)]),
+        estimator.predict_proba(frame([Features(500.0, "travel", 1.0, 1.0, 30.0, 100.0)]))[:, 1],
+    )
+
+
+@pytest.mark.parametrize("shape", ["(n,)", "(n, 2)", "frame"])
+def test_pyfunc(tmp_path: Path, shape: str) -> None:
+    """Any PyFunc that gives P(fraud) is served through its predict."""
+
+    def probabilities(rows: pd.DataFrame) -> object:
+        p = rows["hour"].to_numpy() / 24
+        return p if shape == "(n,)" else np.column_stack([1 - p, p]) if shape == "(n, 2)" else pd.Series(p)
+
+    loaded = load(saved_function(tmp_path, probabilities), config())
+    assert loaded.scorer == "pyfunc"
+    assert loaded.score([Features(1.0, "new", 6.0, 0.0, 30.0, 0.0)]).tolist() == [0.25]
+
+
+def refusal(snapshot: Snapshot) -> str:
+    with pytest.raises(ModelError) as raised:
+        load(snapshot, config())
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda rows: (rows["amount"] > 100).astype(int), "the model gives int64 labels, not probabilities"),
+        (lambda rows: rows["amount"] > 100, "the model gives bool labels, not probabilities"),
+        (
+            lambda rows: (rows["amount"] > 100).astype(float),
+            "the model gives labels, not probabilities; log it with pyfunc_predict_fn='predict_proba'",
+        ),
+        (
+            lambda rows: rows["hour"].to_numpy().astype(float),
+            "the model gives values outside 0 to 1, not probabilities",
+        ),
+    ],
+    ids=["integers", "booleans", "ones and zeros", "beyond 1"],
+)
+def test_labels_are_refused(tmp_path: Path, function: Callable[[pd.DataFrame], object], message: str) -> None:
+    snapshot = saved_function(tmp_path, function)
+    text = (Path(snapshot.path) / "MLmodel").read_text()  # scores above 1 cannot be golden; this is about the model
+    (Path(snapshot.path) / "MLmodel").write_text(re.sub(r"(fraud_probability): [\d.]+", r"\1: 0.5", text))
+    assert refusal(snapshot) == message
+
+
+def test_classifier_without_probabilities_is_refused(tmp_path: Path) -> None:
+    estimator = fitted(LinearSVC())
+    snapshot = saved(tmp_path, estimator, metadata={"threshold": 0.5, "golden": golden(lambda rows: [0.5] * 4)})
+    assert refusal(snapshot) == "Pipeline has no predict_proba"
+
+
+def test_other_classes_are_refused(tmp_path: Path) -> None:
+    estimator = make_pipeline(make_column_transformer((ORDINAL, [CATEGORY])), LogisticRegression())
+    estimator.fit(DATA, COMMON.map({0: "honest", 1: "fraud"}))
+    assert (
+        refusal(saved(tmp_path, estimator)) == "the model's classes are ['fraud', 'honest'], expected 0 and 1 (fraud)"
+    )
+
+
+def test_model_that_cannot_score_new_categories_is_refused(tmp_path: Path) -> None:
+    estimator = fitted(LogisticRegression(), OneHotEncoder(), StandardScaler())
+    assert refusal(saved(tmp_path, estimator)).startswith(
+        "the model does not score every valid transaction: Found unknown"
+    )
+
+
+@pytest.mark.parametrize(
+    ("signature", "found"),
+    [
+        (None, "missing"),
+        (
+            ModelSignature(Schema([ColSpec("double", "amount"), ColSpec("string", CATEGORY)])),
+            "[('amount', 'double'), ('merchant_category', 'string')]",
+        ),
+        (
+            ModelSignature(Schema([ColSpec(kind, column) for column, kind in reversed(SIGNATURE)])),
+            f"{list(reversed(SIGNATURE))}",
+        ),
+    ],
+    ids=["none", "too few columns", "another order"],
+)
+def test_wrong_signature_is_refused(tmp_path: Path, signature: ModelSignature | None, found: str) -> None:
+    snapshot = saved(tmp_path, TREES["random forest"](), signature=signature)
+    assert refusal(snapshot) == f"the model's signature is {found}, expected {SIGNATURE}"
+
+
+def test_changed_golden_score_is_refused(tmp_path: Path) -> None:
+    """What scored differently at training is not the same model here."""
+    estimator = TREES["random forest"]()
+    rows = golden(lambda rows: estimator.predict_proba(rows)[:, 1])
+    was = rows[2]["fraud_probability"]
+    rows[2]["fraud_probability"] = abs(was - 2e-6)
+    snapshot = saved(tmp_path, estimator, metadata={"threshold": 0.5, "golden": rows})
+    assert refusal(snapshot) == (
+        f"golden row 2 scores {was:.9f} here and scored {abs(was - 2e-6):.9f} at training; "
+        "are the versions of scikit-learn the same?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        (None, "Object missing required field `threshold`"),
+        ({"threshold": 0.5}, "Object missing required field `golden`"),
+        ({"threshold": 1.5}, "Expected `float` <= 1.0 - at `$.threshold`"),
+        ({"threshold": 0.5, "golden": []}, "Expected `array` of length >= 1 - at `$.golden`"),
+    ],
+)
+def test_missing_metadata_is_refused(tmp_path: Path, metadata: dict[str, object] | None, problem: str) -> None:
+    snapshot = saved(tmp_path, TREES["random forest"](), metadata=metadata)
+    assert refusal(snapshot) == f"the model's metadata does not fit: {problem}"
+
+
+def test_threshold(snapshot: Snapshot, model: Model) -> None:
+    """The model's own, unless FRAUD_THRESHOLD says otherwise."""
+    metadata = mlflow.models.Model.load(snapshot.path).metadata
+    assert model.threshold == metadata["threshold"]
+    assert load(snapshot, config(fraud_threshold="0.875")).threshold == 0.875
+
+
+# -- the folder in memory ----------------------------------------------------------------------------------------------
+
+
+def test_folder_of_a_crashed_run_is_removed(tmp_path: Path) -> None:
+    """A start removes what no living process holds, and nothing else."""
+    (tmp_path / "fraud-api-crashed" / "model").mkdir(parents=True)
+    (tmp_path / "somebody-else").mkdir()
+    held = _new_folder(str(tmp_path))
+    another = _new_folder(str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "somebody-else", held, another])
+
+
+def test_folder_lives_as_long_as_its_process(tmp_path: Path) -> None:
+    program = f"import model, sys; print(model._new_folder({str(tmp_path)!r}), flush=True); sys.stdin.read()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    with owner:
+        assert owner.stdout is not None
+        left = Path(owner.stdout.readline().strip())
+        mine = _new_folder(str(tmp_path))
+        assert set(tmp_path.iterdir()) == {left, mine}
+        owner.kill()
+        owner.wait()
+        shutil.rmtree(mine)
+        assert set(tmp_path.iterdir()) == {left}
+        last = _new_folder(str(tmp_path))
+    assert set(tmp_path.iterdir()) == {last}
+
+
+def test_numbers_are_all_but_the_category() -> None:
+    assert {*NUMBERS, CATEGORY} == {column for column, _ in SIGNATURE}
