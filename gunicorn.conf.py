@@ -1,0 +1,45 @@
+"""How gunicorn runs the service: one model version fetched in the master, loaded by each worker after the fork.
+
+gunicorn finds this file by itself in the folder it is started in.
+https://gunicorn.org/reference/settings/
+"""
+
+import signal
+import sys
+import time
+
+sys.dont_write_bytecode = True  # the service writes no file to any disk
+
+from config import prepare
+
+started = time.monotonic()
+settings = prepare("fraud-api")
+
+import fraud_api  # imports the numeric libraries, which read the environment that `prepare` made
+from model import ModelError, acquire, release
+
+wsgi_app = "fraud_api:get_app()"
+bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+workers = settings.web_concurrency
+threads = settings.threads
+worker_class = "gthread"
+loglevel = settings.log_level
+worker_tmp_dir = settings.memory_dir
+control_socket_disable = True  # it would make a file under $HOME
+
+
+def on_starting(server):
+    """Before the first worker: log the configuration, fetch the model, or end with one line."""
+    server.log.info("%r", settings)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # gunicorn's own handlers come later
+    try:
+        fraud_api.snapshot = acquire(settings, settings.model_load_timeout - (time.monotonic() - started))
+    except ModelError as error:
+        server.log.critical("cannot serve %s", error)
+        sys.exit(1)
+    server.log.info("serving %s %s", fraud_api.snapshot.name, fraud_api.snapshot.version)
+
+
+def on_exit(server):
+    """After the last worker."""
+    release(fraud_api.snapshot)

@@ -1,0 +1,371 @@
+"""The HTTP contract, whole bodies, against the WSGI application with a real model in it."""
+
+import json
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from falcon.testing import create_environ
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from webtest import TestApp
+
+from conftest import TRANSACTION, config
+from fraud_api import create_app
+from model import Model, Transaction
+
+PROBLEM = "application/problem+json"
+
+
+def score(model: Model, body: dict[str, object]) -> float:
+    return float(model.score([Transaction(**body)])[0])
+
+
+def post(app: TestApp, path: str, body: object, content_type: str = "application/json") -> object:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return app.post(path, data, {"Content-Type": content_type}, expect_errors=True)
+
+
+def timeless(prediction: dict[str, object]) -> dict[str, object]:
+    """The prediction without its time, which is checked here: UTC, RFC 3339, now."""
+    time = str(prediction.pop("prediction_time"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", time)
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(time)) < timedelta(seconds=10)
+    return prediction
+
+
+def test_predict(app: TestApp, model: Model) -> None:
+    """A transaction in; probability, decision, confidence and version out."""
+    answer = post(app, "/predict", TRANSACTION)
+    probability = score(model, TRANSACTION)
+    assert (answer.status_code, answer.content_type) == (200, "application/json")
+    assert timeless(answer.json) == {
+        "transaction_id": "tx_12345",
+        "is_fraud": False,
+        "fraud_probability": probability,
+        "confidence": 1 - probability,
+        "model_version": "v1.2.3",
+    }
+
+
+def test_threshold_is_inclusive(model: Model) -> None:
+    """A probability equal to the threshold is fraud; just below is not."""
+    probability = score(model, TRANSACTION)
+    for threshold, is_fraud in ((probability, True), (probability + 1e-12, False)):
+        app = TestApp(create_app(config(), replace(model, threshold=threshold)))
+        assert post(app, "/predict", TRANSACTION).json["is_fraud"] is is_fraud
+
+
+def test_version_without_a_release(model: Model) -> None:
+    """`v` and the registry's number stand in for a missing `release` tag."""
+    snapshot = type(model.snapshot)(model.snapshot.path, "fraud-detector", "7", None, "http://registry")
+    app = TestApp(create_app(config(), replace(model, snapshot=snapshot)))
+    assert post(app, "/predict", TRANSACTION).json["model_version"] == "v7"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hour": 14.0, "amount": 150, "user_age": 35.0},
+        {"unknown": "field", "nested": {"a": [1]}},
+        {"merchant_category": "never seen"},
+        {"amount": 0, "hour": 0, "day_of_week": 0, "user_age": 0, "account_balance": -1e308},
+        {"amount": 1.7e308, "hour": 23, "day_of_week": 6, "user_age": 130},
+        {"transaction_id": "x" * 128, "merchant_category": "ü" * 64},
+    ],
+)
+def test_accepted(app: TestApp, changes: dict[str, object]) -> None:
+    assert post(app, "/predict", TRANSACTION | changes).status_code == 200
+
+
+RULES = {
+    "transaction_id": ("a string of 1 to 128 characters", ["", "x" * 129, 1, None, True]),
+    "amount": ("an amount of money, a number from 0", [-0.01, "1", True, None, [1]]),
+    "merchant_category": ("a string of 1 to 64 characters", ["", "x" * 65, 5]),
+    "hour": ("an hour, a whole number from 0 to 23", [-1, 24, 1.5, "1", True]),
+    "day_of_week": ("a day, a whole number from 0 (Monday) to 6 (Sunday)", [-1, 7, 0.5, False]),
+    "user_age": ("years, a whole number from 0 to 130", [-1, 131, 35.5]),
+    "account_balance": ("an amount of money, a number, may be negative", ["0", None, {}]),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, (_, bad) in RULES.items() for value in bad])
+def test_bad_field(app: TestApp, field: str, value: object) -> None:
+    """422 names the field and its rule, and says nothing else."""
+    answer = post(app, "/predict", TRANSACTION | {field: value})
+    assert (answer.status_code, answer.content_type) == (422, PROBLEM)
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Unprocessable Entity",
+        "status": 422,
+        "detail": f"{field}: expected {RULES[field][0]}",
+        "field": field,
+    }
+
+
+@pytest.mark.parametrize("field", RULES)
+def test_missing_field(app: TestApp, field: str) -> None:
+    answer = post(app, "/predict", {name: value for name, value in TRANSACTION.items() if name != field})
+    assert (answer.status_code, answer.json["detail"], answer.json["field"]) == (
+        422,
+        f"{field}: expected {RULES[field][0]}",
+        field,
+    )
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 400])
+def test_infinite_numbers(app: TestApp, number: str) -> None:
+    body = json.dumps(TRANSACTION).replace("2500.0", number).encode()
+    assert post(app, "/predict", body).json["field"] == "account_balance"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"nonsense", b'{"amount": NaN}', b'{"x": \xff}', b"{}{}", b'{"x":' + b"[" * 2000, b'{"x": "\\ud800"}'],
+)
+def test_malformed_json(app: TestApp, body: bytes) -> None:
+    answer = post(app, "/predict", body)
+    assert (answer.status_code, answer.content_type) == (400, PROBLEM)
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Bad Request",
+        "status": 400,
+        "detail": "malformed JSON",
+    }
+
+
+@pytest.mark.parametrize("body", [b"[]", b"1", b'"x"', b"null"])
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
+def test_not_an_object(app: TestApp, path: str, body: bytes) -> None:
+    answer = post(app, path, body)
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Unprocessable Entity",
+        "status": 422,
+        "detail": "expected a JSON object",
+    }
+
+
+def test_batch(app: TestApp, model: Model) -> None:
+    """Every row is in exactly one list, in order; a bad row costs no other."""
+    other = TRANSACTION | {"transaction_id": "tx_2", "amount": 9000}
+    rows = [TRANSACTION, TRANSACTION | {"hour": 24}, {"transaction_id": ""}, "text", other]
+    answer = post(app, "/predict/batch", {"transactions": rows})
+    assert answer.status_code == 200
+    assert [timeless(prediction) for prediction in answer.json["predictions"]] == [
+        {
+            "transaction_id": row["transaction_id"],
+            "is_fraud": score(model, row) >= model.threshold,
+            "fraud_probability": pytest.approx(score(model, row), abs=1e-12),
+            "confidence": pytest.approx(max(score(model, row), 1 - score(model, row)), abs=1e-12),
+            "model_version": "v1.2.3",
+        }
+        for row in (TRANSACTION, other)
+    ]
+    head = {"type": "about:blank", "title": "Unprocessable Entity", "status": 422}
+    hour = {"detail": f"hour: expected {RULES['hour'][0]}", "field": "hour"}
+    empty = {"detail": f"transaction_id: expected {RULES['transaction_id'][0]}", "field": "transaction_id"}
+    assert answer.json["errors"] == [
+        {"index": 1, "transaction_id": "tx_12345", **head, **hour},
+        {"index": 2, **head, **empty},
+        {"index": 3, **head, "detail": "expected a JSON object"},
+    ]
+
+
+def test_batch_row_with_broken_text(app: TestApp) -> None:
+    """Broken UTF-8 inside one row is that row's error."""
+    good = json.dumps(TRANSACTION).encode()
+    body = b'{"transactions": [' + good.replace(b"grocery", b"\xff\xfe") + b", " + good + b"]}"
+    answer = post(app, "/predict/batch", body)
+    assert [prediction["transaction_id"] for prediction in answer.json["predictions"]] == ["tx_12345"]
+    assert answer.json["errors"] == [
+        {
+            "index": 0,
+            "transaction_id": "tx_12345",
+            "type": "about:blank",
+            "title": "Bad Request",
+            "status": 400,
+            "detail": "malformed JSON",
+        }
+    ]
+
+
+def test_empty_batch(app: TestApp) -> None:
+    assert post(app, "/predict/batch", {"transactions": []}).json == {"predictions": [], "errors": []}
+
+
+@pytest.mark.parametrize("body", [{}, {"transactions": 1}, {"transactions": {}}, {"transactions": None}])
+def test_batch_without_a_list(app: TestApp, body: object) -> None:
+    assert post(app, "/predict/batch", body).json == {
+        "type": "about:blank",
+        "title": "Unprocessable Entity",
+        "status": 422,
+        "detail": "transactions: expected a list of transactions",
+        "field": "transactions",
+    }
+
+
+def test_batch_too_long(app: TestApp) -> None:
+    answer = post(app, "/predict/batch", {"transactions": [1] * 6})
+    assert (answer.status_code, answer.content_type) == (413, PROBLEM)
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Content Too Large",
+        "status": 413,
+        "detail": "more than 5 transactions",
+    }
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
+def test_body_too_large(app: TestApp, path: str) -> None:
+    answer = post(app, path, b" " * 4097)
+    assert (answer.status_code, answer.content_type) == (413, PROBLEM)
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Content Too Large",
+        "status": 413,
+        "detail": "more than 4096 bytes",
+    }
+
+
+class Counting:
+    """A body without end that counts how much of it was read."""
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        assert size >= 0, "an unbounded read of an endless body"
+        self.read_bytes += size
+        return b" " * size
+
+
+@pytest.mark.parametrize(("length", "read"), [(None, 4097), ("1000000", 0)])
+def test_body_is_not_read_past_the_limit(app: TestApp, length: str | None, read: int) -> None:
+    """With a Content-Length over the limit nothing is read; without one, a byte more than the limit."""
+    body = Counting()
+    environ = create_environ(method="POST", path="/predict", headers={"Content-Type": "application/json"})
+    environ |= {"wsgi.input": body, "wsgi.input_terminated": True}
+    environ.pop("CONTENT_LENGTH", None)
+    if length:
+        environ["CONTENT_LENGTH"] = length
+    statuses: list[str] = []
+    b"".join(app.app(environ, lambda status, headers: statuses.append(status)))
+    assert (statuses, body.read_bytes) == (["413 Content Too Large"], read)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "", "application/jsonp", "application/x-www-form-urlencoded"])
+def test_other_content_types(app: TestApp, content_type: str) -> None:
+    answer = post(app, "/predict", TRANSACTION, content_type)
+    assert (answer.status_code, answer.content_type) == (415, PROBLEM)
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Unsupported Media Type",
+        "status": 415,
+        "detail": "expected application/json",
+    }
+
+
+def test_content_type_with_parameters(app: TestApp) -> None:
+    assert post(app, "/predict", TRANSACTION, "Application/JSON; charset=utf-8").status_code == 200
+
+
+def test_not_found(app: TestApp) -> None:
+    answer = app.get("/nowhere", expect_errors=True)
+    assert (answer.status_code, answer.content_type) == (404, PROBLEM)
+    assert answer.json == {"type": "about:blank", "title": "Not Found", "status": 404}
+
+
+def test_method_not_allowed(app: TestApp) -> None:
+    answer = app.get("/predict", expect_errors=True)
+    assert (answer.status_code, answer.content_type, answer.headers["Allow"]) == (405, PROBLEM, "POST, OPTIONS")
+    assert answer.json == {"type": "about:blank", "title": "Method Not Allowed", "status": 405}
+
+
+def test_health(app: TestApp, model: Model) -> None:
+    body = app.get("/health").json
+    assert 0 <= body.pop("uptime_seconds") < 600
+    assert datetime.fromisoformat(body.pop("loaded_at")) == model.loaded_at
+    assert body == {
+        "status": "ok",
+        "model_name": "fraud-detector",
+        "model_version": "v1.2.3",
+        "registry_version": "1",
+        "registry_uri": model.snapshot.registry_uri,
+        "threshold": model.threshold,
+        "scorer": "treelite",
+    }
+
+
+def broken(model: Model) -> TestApp:
+    def score(rows: object) -> None:
+        raise RuntimeError("secret detail")
+
+    return TestApp(create_app(config(), replace(model, score=score)))
+
+
+def test_live_and_ready(app: TestApp, model: Model) -> None:
+    """Readiness says whether this worker can score; liveness touches nothing."""
+    assert app.get("/health/live").json == app.get("/health/ready").json == {"status": "ok"}
+    assert broken(model).get("/health/live").json == {"status": "ok"}
+    answer = broken(model).get("/health/ready", expect_errors=True)
+    assert (answer.status_code, answer.content_type) == (503, PROBLEM)
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Service Unavailable",
+        "status": 503,
+        "detail": "this worker cannot score",
+    }
+
+
+def test_unexpected_error(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets a request id and nothing else; the log has the id and the details."""
+    answer = post(broken(model), "/predict", TRANSACTION)
+    assert (answer.status_code, answer.content_type) == (500, PROBLEM)
+    request_id = answer.json["request_id"]
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Internal Server Error",
+        "status": 500,
+        "request_id": request_id,
+    }
+    assert f"request {request_id}: POST /predict failed" in caplog.text
+    assert "secret detail" in caplog.text
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=10,
+)
+fields = {
+    "transaction_id": st.text(max_size=130),
+    "amount": st.floats(),
+    "merchant_category": st.sampled_from(["grocery_stores", "travel"]) | st.text(max_size=66),
+    "hour": st.integers(-1, 24) | st.floats(),
+    "day_of_week": st.integers(-1, 7),
+    "user_age": st.integers(-1, 131),
+    "account_balance": st.floats() | st.integers(),
+}
+near_transactions = st.fixed_dictionaries({name: values | json_values for name, values in fields.items()})
+transactions = st.fixed_dictionaries(fields)
+bodies = (
+    st.one_of(transactions, near_transactions, json_values).map(lambda value: json.dumps(value).encode())
+    | st.binary(max_size=200)
+    | st.one_of(transactions, json_values).map(lambda row: json.dumps({"transactions": [row] * 3}).encode())
+)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(body=bodies, path=st.sampled_from(["/predict", "/predict/batch"]))
+def test_every_body_gets_a_well_formed_answer(app: TestApp, body: bytes, path: str) -> None:
+    """2xx or 4xx, never 5xx, whatever the body."""
+    answer = post(app, path, body)
+    if answer.status_code == 200:
+        found = answer.json["predictions"] if "batch" in path else [answer.json]
+        assert all(0 <= prediction["fraud_probability"] <= 1 for prediction in found)
+    else:
+        assert answer.status_code in {400, 413, 422}
+        assert answer.content_type == PROBLEM
+        assert answer.json["status"] == answer.status_code
