@@ -1,0 +1,187 @@
+"""Real things to test with: a trained model, an MLflow server, gunicorn processes; slow, so shared."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from config import Config
+
+HERE = Path(__file__).parent.parent
+BASE_ENVIRON = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # a registry that nobody runs
+Config.from_environ(BASE_ENVIRON).export()  # before anything imports MLflow or NumPy
+
+import mlflow
+import pytest
+from webtest import TestApp
+
+import train
+from fraud_api import create_app
+from model import Model, Snapshot, load
+
+NAME = "fraud-detector"
+TRANSACTION = {
+    "transaction_id": "tx_12345",
+    "amount": 150.50,
+    "merchant_category": "grocery_stores",
+    "hour": 14,
+    "day_of_week": 2,
+    "user_age": 35,
+    "account_balance": 2500.00,
+}
+
+
+def config(**variables: str) -> Config:
+    """A configuration from these variables, given in lower case."""
+    return Config.from_environ(BASE_ENVIRON | {name.upper(): value for name, value in variables.items()})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain until {what}"
+        time.sleep(0.02)
+
+
+def get(url: str) -> int:
+    """The status of a GET, 0 where nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+class Process:
+    """A program, with what it writes kept in memory."""
+
+    def __init__(self, *command: str, environ: dict[str, str] | None = None, cwd: Path = HERE) -> None:
+        self.output = os.memfd_create("output")
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        self.popen = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=inherited | {"PYTHONDONTWRITEBYTECODE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"} | (environ or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=self.output,
+        )
+        self.pid = self.popen.pid
+
+    @property
+    def log(self) -> str:
+        return os.pread(self.output, 2**24, 0).decode()
+
+    def wait(self, seconds: float = 60) -> int:
+        return self.popen.wait(seconds)
+
+    def stop(self) -> int:
+        """Ask it to end, and give its exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGTERM)
+        try:
+            return self.popen.wait(40)
+        finally:
+            self.popen.kill()
+            os.close(self.output)
+
+
+class Service(Process):
+    """The service, run by the plain gunicorn command."""
+
+    def __init__(self, registry: str, python: str = sys.executable, cwd: Path = HERE, **variables: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        environ = {"MLFLOW_TRACKING_URI": registry, "PORT": str(self.port)}
+        environ |= {name.upper(): value for name, value in variables.items()}
+        gunicorn = str(Path(python).with_name("gunicorn"))
+        super().__init__(gunicorn, "fraud_api:get_app()", environ=environ, cwd=cwd)
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self.popen.poll() is not None or get(f"{self.url}/health/ready") == 200, "it is ready")
+        assert self.popen.poll() is None, self.log
+
+    def post(self, path: str, body: object) -> dict[str, object]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return dict(json.load(answer))
+
+    def workers(self) -> list[int]:
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+
+@contextmanager
+def running(registry: str, **options: str) -> Iterator[Service]:
+    """A service that is ready; stopped in the end."""
+    service = Service(registry, **options)
+    try:
+        service.wait_ready()
+        yield service
+    finally:
+        service.stop()
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server on loopback; it hands out artifacts itself."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    server = Process(
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")),
+        cwd=folder,
+    )
+    url = f"http://127.0.0.1:{port}"
+    wait_until(lambda: server.popen.poll() is not None or get(f"{url}/health") == 200, "the MLflow server answers")
+    assert server.popen.poll() is None, server.log
+    mlflow.set_tracking_uri(url)
+    train.use_experiment(NAME, url)
+    yield url
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def champion(registry: str) -> str:
+    """The registry, with a small model trained by the project in it: version 1, release v1.2.3, alias champion."""
+    train.train(rows=20_000, trees=30, seed=0, name=NAME, release="v1.2.3")
+    return registry
+
+
+@pytest.fixture(scope="session")
+def service(champion: str) -> Iterator[Service]:
+    with running(champion, web_concurrency="2") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def snapshot(champion: str, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """The champion's files, fetched as the service fetches them."""
+    path = mlflow.artifacts.download_artifacts(f"models:/{NAME}/1", dst_path=str(tmp_path_factory.mktemp("snapshot")))
+    return Snapshot(path, NAME, "1", "v1.2.3", champion)
+
+
+@pytest.fixture(scope="session")
+def model(snapshot: Snapshot) -> Model:
+    return load(snapshot, config())
+
+
+@pytest.fixture(scope="session")
+def app(model: Model) -> TestApp:
+    return TestApp(create_app(config(max_batch_size="5", max_body_bytes="4096"), model))

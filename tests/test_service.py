@@ -1,0 +1,308 @@
+"""The running service: real gunicorn processes, a real MLflow server, a real S3 server, all on loopback."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
+
+import train
+from conftest import HERE, NAME, TRANSACTION, Process, Service, free_port, running, wait_until
+from model import SIGNATURE, Model, Transaction
+
+
+def status_bytes(pid: int, key: str) -> int:
+    """A figure from /proc/<pid>/io."""
+    found = re.search(rf"^{key}: (\d+)$", Path(f"/proc/{pid}/io").read_text(), re.M)
+    assert found
+    return int(found[1])
+
+
+def probability(model: Model, body: dict[str, object]) -> float:
+    return float(model.score([Transaction(**body)])[0])
+
+
+def test_predict(service: Service, model: Model) -> None:
+    """The whole line: registry → gunicorn → JSON; the answer is the model's own."""
+    answer = service.post("/predict", TRANSACTION)
+    answer.pop("prediction_time")
+    expected = probability(model, TRANSACTION)
+    assert answer == {
+        "transaction_id": "tx_12345",
+        "is_fraud": False,
+        "fraud_probability": expected,
+        "confidence": 1 - expected,
+        "model_version": "v1.2.3",
+    }
+
+
+def test_start_predict_stop(champion: str, tmp_path: Path) -> None:
+    """By number instead of alias; the folder in memory is there while it serves and gone after, the exit is clean."""
+    memory = Path("/dev/shm") / tmp_path.name
+    memory.mkdir()
+    try:
+        with running(champion, model_uri=f"models:/{NAME}/1", memory_dir=str(memory)) as service:
+            assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
+            assert [folder.name[:10] for folder in memory.iterdir()] == ["fraud-api-"]
+            service.popen.send_signal(signal.SIGTERM)
+            assert service.wait() == 0
+            assert list(memory.iterdir()) == []
+    finally:
+        shutil.rmtree(memory)
+
+
+def test_the_log_shows_the_configuration(service: Service) -> None:
+    assert f"MODEL_URI='models:/{NAME}@champion'" in service.log
+    assert f"serving {NAME} v1.2.3" in service.log
+
+
+def test_all_workers_answer_one_version(champion: str) -> None:
+    """The version is resolved once: an alias that moves, and a worker that is replaced, change nothing."""
+    client = MlflowClient(champion)
+    with running(champion, web_concurrency="2") as service:
+        copy = client.copy_model_version(f"models:/{NAME}/1", NAME)
+        client.set_registered_model_alias(NAME, "champion", copy.version)
+        try:
+            os.kill(service.workers()[0], signal.SIGKILL)
+            wait_until(lambda: service.log.count("Booting worker") == 3, "the worker is replaced")
+            answers = [service.post("/predict", TRANSACTION)["model_version"] for _ in range(50)]
+        finally:
+            client.set_registered_model_alias(NAME, "champion", "1")
+    assert answers == ["v1.2.3"] * 50
+
+
+# -- fail-fast ---------------------------------------------------------------------------------------------------------
+
+
+def failure(registry: str, **variables: str) -> tuple[int, float, list[str]]:
+    """Exit status, seconds it took, and the lines that say why."""
+    started = time.monotonic()
+    service = Service(registry, **variables)
+    try:
+        status = service.wait()
+        return status, time.monotonic() - started, re.findall(r"CRITICAL\] (.*)|^(fraud-api: .*)", service.log, re.M)
+    finally:
+        assert "Traceback" not in service.log
+        assert service.log.count("Booting worker") == 0
+        service.stop()
+
+
+def test_no_registry() -> None:
+    """Nobody listens: one line, well before the deadline."""
+    status, seconds, lines = failure("http://127.0.0.1:9")
+    assert status == 1
+    assert seconds < 25
+    assert len(lines) == 1
+    assert re.match(r"cannot serve models:/fraud-detector@champion at http://127.0.0.1:9: .*refused", lines[0][0])
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Takes connections and says nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_silent_registry(silent_server: str) -> None:
+    """One deadline over everything, counted from the start of the process."""
+    status, seconds, lines = failure(silent_server, model_load_timeout="6")
+    reason = "not loaded within 6 s (MODEL_LOAD_TIMEOUT)"
+    assert (status, lines) == (1, [(f"cannot serve models:/{NAME}@champion at {silent_server}: {reason}", "")])
+    assert seconds < 7
+
+
+def test_missing_alias(champion: str) -> None:
+    status, _, lines = failure(champion, model_uri=f"models:/{NAME}@nobody")
+    assert status == 1
+    assert re.match(rf"cannot serve models:/{NAME}@nobody at {champion}: .*alias nobody not found", lines[0][0])
+
+
+def test_labels_only_model(champion: str) -> None:
+    """A model that answers labels is refused before any worker starts."""
+
+    class Labels(mlflow.pyfunc.PythonModel):
+        def predict(self, context, model_input, params=None):
+            return (model_input["amount"] > 100).astype(int)
+
+    row = train.generate(1, 0)[0].iloc[0].to_dict() | {"fraud_probability": 1.0}
+    with mlflow.start_run():
+        mlflow.pyfunc.log_model(
+            name="labels",
+            python_model=Labels(),
+            registered_model_name="labels",
+            signature=ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE])),
+            metadata={"threshold": 0.5, "golden": [row]},
+            pip_requirements=[],
+        )
+    status, _, lines = failure(champion, model_uri="models:/labels/1")
+    assert (status, lines) == (
+        1,
+        [(f"cannot serve models:/labels/1 at {champion}: the model gives int64 labels, not probabilities", "")],
+    )
+
+
+def test_bad_configuration() -> None:
+    status, seconds, lines = failure("ftp://registry", threads="many")
+    assert (status, lines) == (
+        1,
+        [
+            (
+                "",
+                "fraud-api: bad configuration: "
+                "MLFLOW_TRACKING_URI is 'ftp://registry', expected an http://, https:// or sqlite:/// address; "
+                "THREADS is 'many', expected a whole number from 1 to 64",
+            )
+        ],
+    )
+    assert seconds < 5
+
+
+def test_no_database() -> None:
+    """A path to no database is an error, and is not made one."""
+    status, _, lines = failure("sqlite:///nowhere.db")
+    assert status == 1
+    assert lines[0][0].endswith(
+        "at sqlite:///nowhere.db: there is no such file; `make model` trains and registers a first model"
+    )
+    assert not (HERE / "nowhere.db").exists()
+
+
+# -- in memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_to_disk(champion: str, tmp_path: Path) -> None:
+    """Start, predictions, a bad request, a killed worker: the kernel counts no byte written to storage.
+
+    `write_bytes` of /proc/<pid>/io counts what a process and its ended children caused to be written to a block
+    device; tmpfs and sockets are not in it (man 5 proc). A write of this process shows first that the count works here.
+    """
+    before = status_bytes(os.getpid(), "write_bytes")
+    (tmp_path / "x").write_bytes(b"x" * 9999)
+    counts = status_bytes(os.getpid(), "write_bytes") > before
+    if not counts:
+        pytest.skip(f"{tmp_path} is on no block device: a write there is not counted")
+    with running(champion, web_concurrency="2") as service:
+        for _ in range(20):
+            service.post("/predict", TRANSACTION)
+        with pytest.raises(urllib.error.HTTPError):
+            service.post("/predict", b"{")
+        killed = service.workers()[0]
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: len({*service.workers()} - {killed}) == 2, "the worker is replaced")
+        service.post("/predict", TRANSACTION)
+        written = {pid: status_bytes(pid, "write_bytes") for pid in [service.pid, *service.workers()]}
+    assert set(written.values()) == {0}
+
+
+def test_s3(champion: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artifacts in an S3 store that is not AWS: the service itself fetches them."""
+    port = free_port()
+    keys = {
+        "AWS_ACCESS_KEY_ID": "key-of-the-store",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-store",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    store = Process(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port))
+    try:
+        wait_until(lambda: answers(keys["MLFLOW_S3_ENDPOINT_URL"]), "the store answers")
+        boto3.client("s3", endpoint_url=keys["MLFLOW_S3_ENDPOINT_URL"]).create_bucket(
+            Bucket="models", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
+        )
+        experiment = mlflow.create_experiment("s3", artifact_location="s3://models/root")
+        with mlflow.start_run(experiment_id=experiment):
+            data, _, _ = train.generate(100, 0)
+            train.register(mlflow.sklearn.load_model(f"models:/{NAME}/1"), data, 0.5, "in-s3", "v2")
+        with running(
+            champion, model_uri="models:/in-s3/1", **{name.lower(): value for name, value in keys.items()}
+        ) as s:
+            answer, log = s.post("/predict", TRANSACTION), s.log
+    finally:
+        requests = store.log
+        store.stop()
+    assert answer["fraud_probability"] == probability(model, TRANSACTION)
+    assert answer["model_version"] == "v2"
+    assert re.search(r"GET /models/root/\S+/model.skops", requests)
+    assert "of-the-store" not in log
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+# -- what production installs ------------------------------------------------------------------------------------------
+
+
+def test_requirements_alone_serve(champion: str, model: Model, tmp_path: Path) -> None:
+    """An environment made from requirements.txt alone and the service's own files serve from an HTTP registry."""
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    environment = tmp_path / "venv"
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, environment], check=True)
+    install = [
+        uv,
+        "pip",
+        "sync",
+        "--quiet",
+        "--require-hashes",
+        "--compile-bytecode",
+        "--python",
+        environment / "bin/python",
+    ]
+    subprocess.run([*install, HERE / "requirements.txt"], check=True)
+    names = {path.name.lower() for path in (environment / "lib").glob("python3*/site-packages/*")}
+    assert names.isdisjoint({"sqlalchemy", "flask", "matplotlib", "mlflow-3.17.2.dist-info", "pytest", "pyarrow"})
+    for name in ("fraud_api.py", "model.py", "config.py", "gunicorn.conf.py"):
+        shutil.copy(HERE / name, tmp_path)
+    with running(champion, python=str(environment / "bin/python"), cwd=tmp_path) as service:
+        answer = service.post("/predict", TRANSACTION)
+        threads = {re.search(r"Threads:\s+(\d+)", Path(f"/proc/{service.pid}/status").read_text())[1]}
+    assert answer["fraud_probability"] == probability(model, TRANSACTION)
+    assert threads == {"1"}
+
+
+def test_the_locks_agree() -> None:
+    """What the service runs on is what it was developed and tested on; no index address is in either."""
+
+    def pins(name: str) -> set[str]:
+        text = (HERE / name).read_text()
+        assert "://" not in text
+        return set(re.findall(r"^\S+==\S+(?: ;[^\\]*)?", text, re.M))
+
+    assert pins("requirements.txt") <= pins("requirements-dev.txt")
+    assert pins("requirements.txt")
+
+
+def test_the_generator_is_what_it_says() -> None:
+    """About 1 % fraud, the same for the same seed, labels that follow the true probabilities."""
+    data, labels, truth = train.generate(200_000, seed=3)
+    again, _, _ = train.generate(200_000, seed=3)
+    assert data.equals(again)
+    assert 0.009 < labels.mean() < 0.011
+    assert abs(labels.mean() - truth.mean()) < 0.001
+    risky = truth > np.quantile(truth, 0.99)
+    assert abs(labels[risky].mean() - truth[risky].mean()) < 0.03
