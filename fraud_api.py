@@ -17,18 +17,13 @@ from model import Model, Snapshot, Transaction, TransactionId, load
 
 log = logging.getLogger("gunicorn.error")
 
-JSON = "application/json"
-Body = TypeVar("Body")
 App = falcon.App[falcon.Request, falcon.Response]
+Body = TypeVar("Body")
+
+JSON = "application/json"
 
 # What a body can do to the decoder: break JSON, break UTF-8, nest without end.
 MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-RULES = {
-    name: schema["description"]
-    for name, schema in msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"].items()
-}
-BATCH_RULES = {"transactions": "a list of transactions"}
 
 # The snapshot that this process and the workers forked from it serve; `gunicorn.conf.py` sets it in the master.
 snapshot: Snapshot | None = None
@@ -71,24 +66,27 @@ class Predictions(msgspec.Struct, frozen=True):
     errors: list[Problem]
 
 
-class Identified(msgspec.Struct):
+class Identified(msgspec.Struct, frozen=True):
     """As much of a bad row as it takes to say which one it was."""
 
-    transaction_id: TransactionId
+    transaction_id: TransactionId | UnsetType = UNSET
 
 
-class BodyError(Exception):
-    """The body of a request is not what it should be."""
+class InvalidBody(falcon.HTTPError):
+    """A body that is not what it should be: 400 if it is no JSON, else 422, with the field where there is one."""
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.detail)
-        self.problem = problem
+    def __init__(self, status: int, detail: str, field: str | UnsetType = UNSET) -> None:
+        super().__init__(status, description=detail)
+        self.field = field
 
 
 encode = msgspec.json.encode
 decode_transaction = msgspec.json.Decoder(Transaction).decode
 decode_batch = msgspec.json.Decoder(Batch).decode
-decode_identified = msgspec.json.Decoder(Identified).decode
+
+# field: the rule in words, from the schema
+_schema = msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"]
+RULES = {"transactions": "a list of transactions"} | {name: rule["description"] for name, rule in _schema.items()}
 
 
 def create_app(config: Config, model: Model) -> App:
@@ -101,8 +99,7 @@ def create_app(config: Config, model: Model) -> App:
     app.add_route("/health/live", health, suffix="live")
     app.add_route("/health/ready", health, suffix="ready")
     app.add_error_handler(Exception, _unexpected)
-    app.add_error_handler(falcon.HTTPError, _http_error)
-    app.add_error_handler(BodyError, _body_error)
+    app.add_error_handler(falcon.HTTPError, _expected)
     return app
 
 
@@ -118,11 +115,10 @@ class Predict:
     """`POST /predict`"""
 
     def __init__(self, config: Config, model: Model) -> None:
-        self.limit = config.max_body_bytes
-        self.model = model
+        self.max_bytes, self.model = config.max_body_bytes, model
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        transaction = decode(decode_transaction, read_json(req, self.limit), RULES)
+        transaction = decode(decode_transaction, read_json(req, self.max_bytes))
         resp.data = encode(predict(self.model, [transaction])[0])
 
 
@@ -130,15 +126,13 @@ class PredictBatch:
     """`POST /predict/batch`"""
 
     def __init__(self, config: Config, model: Model) -> None:
-        self.limit = config.max_body_bytes
-        self.rows = config.max_batch_size
-        self.model = model
+        self.max_bytes, self.max_rows, self.model = config.max_body_bytes, config.max_batch_size, model
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        batch = decode(decode_batch, read_json(req, self.limit), BATCH_RULES)
-        if len(batch.transactions) > self.rows:
-            raise falcon.HTTPContentTooLarge(description=f"more than {self.rows} transactions")
-        transactions, errors = decode_rows(batch.transactions)
+        rows = decode(decode_batch, read_json(req, self.max_bytes)).transactions
+        if len(rows) > self.max_rows:
+            raise falcon.HTTPContentTooLarge(description=f"more than {self.max_rows} transactions")
+        transactions, errors = decode_rows(rows)
         resp.data = encode(Predictions(predict(self.model, transactions), errors))
 
 
@@ -146,24 +140,11 @@ class Health:
     """`GET /health`: what is served. `/health/live` touches nothing; `/health/ready` scores a row."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
-        self.started = time.monotonic()
+        self.model, self.started = model, time.monotonic()
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        model = self.model
-        resp.data = encode(
-            {
-                "status": "ok",
-                "model_name": model.snapshot.name,
-                "model_version": model.snapshot.version,
-                "registry_version": model.snapshot.number,
-                "registry_uri": model.snapshot.registry_uri,
-                "threshold": model.threshold,
-                "scorer": model.scorer,
-                "loaded_at": model.loaded_at,
-                "uptime_seconds": round(time.monotonic() - self.started, 3),
-            }
-        )
+        uptime = round(time.monotonic() - self.started, 3)
+        resp.data = encode({"status": "ok", **self.model.facts(), "uptime_seconds": uptime})
 
     def on_get_live(self, req: falcon.Request, resp: falcon.Response) -> None:
         resp.data = encode({"status": "ok"})
@@ -189,87 +170,81 @@ def predict(model: Model, transactions: Sequence[Transaction]) -> list[Predictio
     ]
 
 
-def decode_rows(raws: Sequence[msgspec.Raw]) -> tuple[list[Transaction], list[Problem]]:
-    """Decode each row on its own: the good ones, and a problem for each of the others, both in order."""
-    transactions: list[Transaction] = []
-    errors: list[Problem] = []
-    for index, raw in enumerate(raws):
-        try:
-            transactions.append(decode_transaction(raw))
-        except MALFORMED as error:
-            errors.append(
-                msgspec.structs.replace(problem(error, raw, RULES), index=index, transaction_id=readable_id(raw))
-            )
-    return transactions, errors
+def read_json(req: falcon.Request, max_bytes: int) -> bytes:
+    """The body, of which no more than `max_bytes` + 1 are read, whatever its length is said to be."""
+    if (req.content_type or "").partition(";")[0].strip().lower() != JSON:
+        raise falcon.HTTPUnsupportedMediaType(description=f"expected {JSON}")
+    if (req.content_length or 0) <= max_bytes:
+        body = req.stream.read(max_bytes + 1)  # ends with the body: gunicorn frames it (wsgi.input_terminated)
+        if len(body) <= max_bytes:
+            return bytes(body)
+    raise falcon.HTTPContentTooLarge(description=f"more than {max_bytes} bytes")
 
 
-def decode(decoder: Callable[[bytes], Body], body: bytes, rules: dict[str, str]) -> Body:
-    """Decode a whole body, or raise `BodyError` with what is wrong."""
+def decode(decoder: Callable[[bytes], Body], body: bytes) -> Body:
+    """Decode a whole body, or raise `InvalidBody`."""
     try:
         return decoder(body)
     except MALFORMED as error:
-        raise BodyError(problem(error, body, rules)) from None
+        raise invalid(error, body) from None
 
 
-def readable_id(raw: msgspec.Raw) -> str | UnsetType:
+def decode_rows(rows: Sequence[msgspec.Raw]) -> tuple[list[Transaction], list[Problem]]:
+    """Decode each row on its own: the good ones, and a problem for each of the others, both in order."""
+    transactions: list[Transaction] = []
+    errors: list[Problem] = []
+    for index, row in enumerate(rows):
+        try:
+            transactions.append(decode_transaction(row))
+        except MALFORMED as error:
+            errors.append(problem(invalid(error, row), index=index, transaction_id=readable_id(row)))
+    return transactions, errors
+
+
+def readable_id(row: msgspec.Raw) -> str | UnsetType:
     """The `transaction_id` of a bad row, if that much of it is good."""
     try:
-        return str(decode_identified(raw).transaction_id)
+        return msgspec.json.decode(row, type=Identified).transaction_id
     except MALFORMED:
         return UNSET
 
 
-def read_json(req: falcon.Request, limit: int) -> bytes:
-    """The body, of which no more than `limit` + 1 bytes are read, whatever its length is said to be."""
-    if (req.content_type or "").partition(";")[0].strip().lower() != JSON:
-        raise falcon.HTTPUnsupportedMediaType(description=f"expected {JSON}")
-    if (req.content_length or 0) <= limit:
-        body = req.stream.read(limit + 1)  # ends with the body: gunicorn frames it (wsgi.input_terminated)
-        if len(body) <= limit:
-            return bytes(body)
-    raise falcon.HTTPContentTooLarge(description=f"more than {limit} bytes")
-
-
-def problem(error: Exception, body: bytes | msgspec.Raw, rules: dict[str, str]) -> Problem:
+def invalid(error: Exception, body: bytes | msgspec.Raw) -> InvalidBody:
     """What is wrong with a body, in our own words: msgspec names the field, the schema's description is the rule."""
-    if not (isinstance(error, msgspec.ValidationError) and well_formed(body)):
-        return Problem(title="Bad Request", status=400, detail="malformed JSON")
-    found = re.search(r"`\$\.(\w+)|required field `(\w+)`", str(error))
-    field = (found[1] or found[2]) if found else ""
-    if field not in rules:
-        return Problem(title="Unprocessable Entity", status=422, detail="expected a JSON object")
-    return Problem(title="Unprocessable Entity", status=422, detail=f"{field}: expected {rules[field]}", field=field)
-
-
-def well_formed(body: bytes | msgspec.Raw) -> bool:
-    """Whether it is JSON to its end: the decoder stops at the first thing that is wrong."""
     try:
-        msgspec.json.decode(body, type=msgspec.Raw)
+        if not isinstance(error, msgspec.ValidationError):
+            raise error
+        msgspec.json.decode(body, type=msgspec.Raw)  # to its end: the typed decoder stops at the first thing wrong
     except MALFORMED:
-        return False
-    return True
+        return InvalidBody(400, "malformed JSON")
+    found = re.search(r"`(?:\$\.)?(\w+)(?:\[\.\.\.\])?`$", str(error))
+    if not found or found[1] not in RULES:
+        return InvalidBody(422, "expected a JSON object")
+    return InvalidBody(422, f"{found[1]}: expected {RULES[found[1]]}", found[1])
 
 
-def send_problem(resp: falcon.Response, body: Problem) -> None:
-    resp.status = body.status
-    resp.content_type = "application/problem+json"
-    resp.data = encode(body)
-
-
-def _http_error(req: Any, resp: falcon.Response, error: falcon.HTTPError, params: Any) -> None:
-    """What Falcon and the handlers raise on purpose."""
-    if error.headers:
-        resp.set_headers(error.headers)
+def problem(error: falcon.HTTPError, **more: Any) -> Problem:
+    """An error as a problem, with what else is known."""
     title = falcon.code_to_http_status(error.status_code).partition(" ")[2]
-    send_problem(resp, Problem(title=title, status=error.status_code, detail=error.description or UNSET))
+    field = getattr(error, "field", UNSET)
+    return Problem(title=title, status=error.status_code, detail=error.description or UNSET, field=field, **more)
 
 
-def _body_error(req: Any, resp: falcon.Response, error: BodyError, params: Any) -> None:
-    send_problem(resp, error.problem)
+def send(resp: falcon.Response, error: falcon.HTTPError, **more: Any) -> None:
+    """Answer with a problem (RFC 9457)."""
+    resp.status = error.status
+    resp.set_headers(error.headers or {})
+    resp.content_type = "application/problem+json"
+    resp.data = encode(problem(error, **more))
+
+
+def _expected(req: Any, resp: falcon.Response, error: falcon.HTTPError, params: Any) -> None:
+    """What Falcon and the handlers raise on purpose."""
+    send(resp, error)
 
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:
     """A mistake of ours: details in the log, the request's id to the client."""
     request_id = uuid.uuid4().hex
     log.error("request %s: %s %s failed", request_id, req.method, req.path, exc_info=error)
-    send_problem(resp, Problem(title="Internal Server Error", status=500, request_id=request_id))
+    send(resp, falcon.HTTPInternalServerError(), request_id=request_id)

@@ -135,6 +135,18 @@ class Model:
     score: Score
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
 
+    def facts(self) -> dict[str, Any]:
+        """What anybody may know of it."""
+        return {
+            "model_name": self.snapshot.name,
+            "model_version": self.snapshot.version,
+            "registry_version": self.snapshot.number,
+            "registry_uri": self.snapshot.registry_uri,
+            "threshold": self.threshold,
+            "scorer": self.scorer,
+            "loaded_at": self.loaded_at,
+        }
+
 
 # -- registry → memory, in the master ----------------------------------------------------------------------------------
 
