@@ -55,6 +55,10 @@ lint: install ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: bench
+bench: install ## measure it against its peers (10 minutes, needs wrk) and write the table into README.md
+	@$(WITH_ENV) $(BIN)/python -m bench.bench
+
 .PHONY: lock
 lock: ## pin what requirements*.in ask for, with hashes; UPGRADE=1 takes the newest
 	$(LOCK) requirements-dev.in --output-file requirements-dev.txt

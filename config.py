@@ -85,6 +85,7 @@ class Config:
     fraud_threshold: float | None = _variable(_probability)
     max_batch_size: int = _variable(_whole(1, 1_000_000), "10000")
     max_body_bytes: int = _variable(_whole(1024, 2**30), "4194304")
+    max_line_bytes: int = _variable(_whole(1024, 2**20), "65536")
     host: str = _variable(_address, "127.0.0.1")
     port: int = _variable(_whole(0, 65535), "8000")
     web_concurrency: int = _variable(_whole(1, 256), "2")

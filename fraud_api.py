@@ -2,9 +2,10 @@
 
 import logging
 import re
+import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -21,6 +22,11 @@ App = falcon.App[falcon.Request, falcon.Response]
 Body = TypeVar("Body")
 
 JSON = "application/json"
+NDJSON = "application/x-ndjson"
+
+# A stream is read in pieces that grow from the first size, so that the first answers come at once, to the last, about
+# 6,000 rows: scikit-learn's overhead of 1.5 ms a call is then 0.25 µs a row, the memory of a stream some 5 MB.
+FIRST_READ, LAST_READ = 2**10, 2**20
 
 # What a body can do to the decoder: break JSON, break UTF-8, nest without end.
 MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -81,6 +87,7 @@ class InvalidBody(falcon.HTTPError):
 
 
 encode = msgspec.json.encode
+encode_lines = msgspec.json.Encoder().encode_lines
 decode_transaction = msgspec.json.Decoder(Transaction).decode
 decode_batch = msgspec.json.Decoder(Batch).decode
 
@@ -123,17 +130,21 @@ class Predict:
 
 
 class PredictBatch:
-    """`POST /predict/batch`"""
+    """`POST /predict/batch`: a JSON document, or a stream of JSON lines."""
 
     def __init__(self, config: Config, model: Model) -> None:
-        self.max_bytes, self.max_rows, self.model = config.max_body_bytes, config.max_batch_size, model
+        self.config, self.model = config, model
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        rows = decode(decode_batch, read_json(req, self.max_bytes)).transactions
-        if len(rows) > self.max_rows:
-            raise falcon.HTTPContentTooLarge(description=f"more than {self.max_rows} transactions")
-        transactions, errors = decode_rows(rows)
-        resp.data = encode(Predictions(predict(self.model, transactions), errors))
+        if media_type(req) == NDJSON:
+            resp.content_type, resp.stream = NDJSON, score_stream(self.model, req.stream, self.config.max_line_bytes)
+            return
+        raws = decode(decode_batch, read_json(req, self.config.max_body_bytes)).transactions
+        if len(raws) > self.config.max_batch_size:
+            raise falcon.HTTPContentTooLarge(description=f"more than {self.config.max_batch_size} transactions")
+        rows = [decode_row(raw, index) for index, raw in enumerate(raws)]
+        predictions = predict(self.model, [row for row in rows if isinstance(row, Transaction)])
+        resp.data = encode(Predictions(predictions, [row for row in rows if isinstance(row, Problem)]))
 
 
 class Health:
@@ -165,14 +176,40 @@ def predict(model: Model, transactions: Sequence[Transaction]) -> list[Predictio
     now = datetime.now(UTC).replace(microsecond=0)
     version, threshold = model.snapshot.version, model.threshold
     return [
-        Prediction(row.transaction_id, p >= threshold, p, max(p, 1 - p), version, now)
+        Prediction(row.transaction_id, p >= threshold, p, p if p > 0.5 else 1 - p, version, now)
         for row, p in zip(transactions, model.score(transactions).tolist(), strict=True)
     ]
 
 
+def score_stream(model: Model, stream: Any, longest: int) -> Iterator[bytes]:
+    """JSON lines in, as they come; for each a line out, a prediction or a problem, in order, in constant memory."""
+    count = 0
+    for lines in read_lines(stream, longest):
+        rows = [decode_row(line, index, longest) for index, line in enumerate(lines, start=count)]
+        predictions = iter(predict(model, [row for row in rows if isinstance(row, Transaction)]))
+        yield encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
+        count += len(lines)
+
+
+def read_lines(stream: Any, longest: int) -> Iterator[list[bytes]]:
+    """The lines of a stream, as many at a time as have come. Of a longer line than `longest` the middle is left out."""
+    rest, size = b"", FIRST_READ
+    while data := stream.read(size):
+        *lines, rest = (rest + data).split(b"\n")
+        yield lines
+        rest = rest[: longest + 1]
+        size = min(2 * size, LAST_READ)
+    if rest:
+        yield [rest]
+
+
+def media_type(req: falcon.Request) -> str:
+    return (req.content_type or "").partition(";")[0].strip().lower()
+
+
 def read_json(req: falcon.Request, max_bytes: int) -> bytes:
     """The body, of which no more than `max_bytes` + 1 are read, whatever its length is said to be."""
-    if (req.content_type or "").partition(";")[0].strip().lower() != JSON:
+    if media_type(req) != JSON:
         raise falcon.HTTPUnsupportedMediaType(description=f"expected {JSON}")
     if (req.content_length or 0) <= max_bytes:
         body = req.stream.read(max_bytes + 1)  # ends with the body: gunicorn frames it (wsgi.input_terminated)
@@ -189,19 +226,17 @@ def decode(decoder: Callable[[bytes], Body], body: bytes) -> Body:
         raise invalid(error, body) from None
 
 
-def decode_rows(rows: Sequence[msgspec.Raw]) -> tuple[list[Transaction], list[Problem]]:
-    """Decode each row on its own: the good ones, and a problem for each of the others, both in order."""
-    transactions: list[Transaction] = []
-    errors: list[Problem] = []
-    for index, row in enumerate(rows):
-        try:
-            transactions.append(decode_transaction(row))
-        except MALFORMED as error:
-            errors.append(problem(invalid(error, row), index=index, transaction_id=readable_id(row)))
-    return transactions, errors
+def decode_row(row: bytes | msgspec.Raw, index: int, longest: int = sys.maxsize) -> Transaction | Problem:
+    """A row of a batch, or what is wrong with it."""
+    try:
+        if len(row) > longest:
+            return problem(falcon.HTTPContentTooLarge(description=f"more than {longest} bytes"), index=index)
+        return decode_transaction(row)
+    except MALFORMED as error:
+        return problem(invalid(error, row), index=index, transaction_id=readable_id(row))
 
 
-def readable_id(row: msgspec.Raw) -> str | UnsetType:
+def readable_id(row: bytes | msgspec.Raw) -> str | UnsetType:
     """The `transaction_id` of a bad row, if that much of it is good."""
     try:
         return msgspec.json.decode(row, type=Identified).transaction_id

@@ -146,6 +146,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = Process(
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")),
+        environ={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # it would leave its queues in /dev/shm
         cwd=folder,
     )
     url = f"http://127.0.0.1:{port}"

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pytest
 from falcon.testing import create_environ
 from hypothesis import HealthCheck, given, settings
@@ -271,6 +272,74 @@ def test_content_type_with_parameters(app: TestApp) -> None:
     assert post(app, "/predict", TRANSACTION, "Application/JSON; charset=utf-8").status_code == 200
 
 
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+NDJSON = "application/x-ndjson"
+
+
+def lines_of(answer: object) -> list[dict[str, object]]:
+    assert answer.content_type == NDJSON
+    assert answer.body.endswith(b"\n")
+    return [json.loads(line) for line in answer.body.splitlines()]
+
+
+def test_stream(app: TestApp, model: Model) -> None:
+    """A line out for each line in, in order: predictions, and problems that name the line; the rest goes on."""
+    other = json.dumps(TRANSACTION | {"transaction_id": "tx_2", "amount": 9000})
+    bad = json.dumps(TRANSACTION | {"hour": 24})
+    body = "\n".join([json.dumps(TRANSACTION), bad, "", "{", "x" * 70_000, other])  # no newline at the end
+    first, *problems, last = lines_of(post(app, "/predict/batch", body.encode(), NDJSON))
+    single = [post(app, "/predict", row.encode()).json for row in (json.dumps(TRANSACTION), other)]
+    assert [timeless(first), timeless(last)] == [timeless(row) for row in single]
+    head = {"type": "about:blank", "title": "Bad Request", "status": 400, "detail": "malformed JSON"}
+    assert problems == [
+        {
+            "index": 1,
+            "transaction_id": "tx_12345",
+            "type": "about:blank",
+            "title": "Unprocessable Entity",
+            "status": 422,
+            "detail": f"hour: expected {RULES['hour'][0]}",
+            "field": "hour",
+        },
+        {"index": 2, **head},
+        {"index": 3, **head},
+        {
+            "index": 4,
+            "type": "about:blank",
+            "title": "Content Too Large",
+            "status": 413,
+            "detail": "more than 65536 bytes",
+        },
+    ]
+
+
+def test_long_stream(app: TestApp, model: Model) -> None:
+    """Ten thousand lines, over many reads, beyond any limit on bodies: each in its place with its own score."""
+    amounts = [number * 0.37 for number in range(10_000)]
+    body = "".join(
+        json.dumps(TRANSACTION | {"transaction_id": f"tx_{number}", "amount": amount}) + "\n"
+        for number, amount in enumerate(amounts)
+    )
+    found = lines_of(post(app, "/predict/batch", body.encode(), NDJSON))
+    expected = model.score([Transaction(**(TRANSACTION | {"amount": amount})) for amount in amounts])
+    assert [row["transaction_id"] for row in found] == [f"tx_{number}" for number in range(10_000)]
+    np.testing.assert_allclose([row["fraud_probability"] for row in found], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("length", [0, 1, 65_535, 65_536, 65_537, 200_000, 3_000_000])
+def test_line_length(app: TestApp, length: int) -> None:
+    """The limit is the same wherever a line happens to be cut by reads; what follows is not lost."""
+    good = json.dumps(TRANSACTION).encode() + b"\n"
+    body = good * 3 + b" " * length + b"\n" + good
+    found = lines_of(post(app, "/predict/batch", body, NDJSON))
+    assert [row.get("status", 200) for row in found] == [200, 200, 200, 413 if length > 65_536 else 400, 200]
+
+
+def test_empty_stream(app: TestApp) -> None:
+    assert post(app, "/predict/batch", b"", NDJSON).body == b""
+
+
 def test_not_found(app: TestApp) -> None:
     answer = app.get("/nowhere", expect_errors=True)
     assert (answer.status_code, answer.content_type) == (404, PROBLEM)
@@ -355,15 +424,21 @@ bodies = (
     | st.binary(max_size=200)
     | st.one_of(transactions, json_values).map(lambda row: json.dumps({"transactions": [row] * 3}).encode())
 )
+places = st.sampled_from(
+    [("/predict", "application/json"), ("/predict/batch", "application/json"), ("/predict/batch", NDJSON)]
+)
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(body=bodies, path=st.sampled_from(["/predict", "/predict/batch"]))
-def test_every_body_gets_a_well_formed_answer(app: TestApp, body: bytes, path: str) -> None:
-    """2xx or 4xx, never 5xx, whatever the body."""
-    answer = post(app, path, body)
-    if answer.status_code == 200:
-        found = answer.json["predictions"] if "batch" in path else [answer.json]
+@given(body=bodies, place=places)
+def test_every_body_gets_a_well_formed_answer(app: TestApp, body: bytes, place: tuple[str, str]) -> None:
+    """2xx or 4xx, never 5xx, whatever the body; a stream gets as many lines as it has."""
+    answer = post(app, place[0], body, place[1])
+    if place[1] == NDJSON:
+        count = body.count(b"\n") + (not body.endswith(b"\n") and body != b"")
+        assert (answer.status_code, len(answer.body.splitlines())) == (200, count)
+    elif answer.status_code == 200:
+        found = answer.json["predictions"] if "batch" in place[0] else [answer.json]
         assert all(0 <= prediction["fraud_probability"] <= 1 for prediction in found)
     else:
         assert answer.status_code in {400, 413, 422}

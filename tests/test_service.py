@@ -1,5 +1,6 @@
 """The running service: real gunicorn processes, a real MLflow server, a real S3 server, all on loopback."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -84,6 +86,89 @@ def test_all_workers_answer_one_version(champion: str) -> None:
         finally:
             client.set_registered_model_alias(NAME, "champion", "1")
     assert answers == ["v1.2.3"] * 50
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+LINE = json.dumps(TRANSACTION).encode() + b"\n"
+STREAM = (
+    b"POST /predict/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n"
+    b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+)
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%X\r\n%s\r\n" % (len(data), data)
+
+
+def receive(connection: socket.socket, until: bytes) -> bytes:
+    """What comes, until it has that in it."""
+    received = bytearray()
+    while until not in received:
+        data = connection.recv(2**16)
+        assert data, f"closed after {bytes(received[-200:])!r}"
+        received += data
+    return bytes(received)
+
+
+def connect(service: Service) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", service.port), timeout=20)
+
+
+def test_first_answers_come_before_the_last_line_is_sent(service: Service) -> None:
+    with connect(service) as connection:
+        connection.sendall(STREAM + chunk(LINE * 10))
+        first = receive(connection, b"tx_12345")
+        assert first.startswith(b"HTTP/1.1 200 OK\r\n")
+        connection.sendall(chunk(LINE.replace(b"tx_12345", b"the_last")) + chunk(b""))
+        receive(connection, b"the_last")
+
+
+def test_client_that_leaves(service: Service) -> None:
+    """A stream that its client cuts off, in a chunk or between chunks, costs nobody else anything."""
+    workers = service.workers()
+    for cut in (STREAM + chunk(LINE * 100), STREAM + chunk(LINE * 100)[:-300], STREAM[:-4]):
+        for _ in range(5):
+            with connect(service) as connection:
+                connection.sendall(cut)
+    assert service.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
+    assert service.workers() == workers
+    assert "Traceback" not in service.log
+
+
+def test_memory_over_a_long_stream(champion: str) -> None:
+    """Three quarters of a million lines, 110 MB: the worker needs no more memory than for the first tenth."""
+    with running(champion, web_concurrency="1") as service:
+
+        def peak() -> int:
+            text = Path(f"/proc/{service.workers()[0]}/status").read_text()
+            return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1])
+
+        def send(connection: socket.socket, rows: int) -> None:
+            for _ in range(rows // 5000):
+                connection.sendall(chunk(LINE * 5000))
+            connection.sendall(chunk(b""))
+
+        def score(rows: int) -> int:
+            answers = 0
+            with connect(service) as connection:
+                connection.sendall(STREAM)
+                sender = threading.Thread(target=send, args=(connection, rows))
+                sender.start()
+                while data := connection.recv(2**20):
+                    answers += data.count(b"is_fraud")
+                sender.join()
+            return answers
+
+        assert score(75_000) > 74_000  # an answer cut in two by a read is not counted
+        before = peak()
+        assert score(750_000) > 749_000
+        assert peak() - before < 16 * 1024
+
+
+def test_the_master_has_one_thread(service: Service) -> None:
+    """What forks has nothing else running, whatever the libraries start at import."""
+    assert len(list(Path(f"/proc/{service.pid}/task").iterdir())) == 1
 
 
 # -- fail-fast ---------------------------------------------------------------------------------------------------------

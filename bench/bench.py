@@ -1,0 +1,350 @@
+"""Side by side in one run: this service, FastAPI + PyFunc, `mlflow models serve`, and a bare gunicorn as the floor.
+
+`make bench` runs it: the same registered model, the servers on one core, the load from another where there is one,
+rounds interleaved, medians. It writes the table into README.md and the chart to bench/results.png.
+"""
+
+from config import prepare
+
+if __name__ == "__main__":
+    prepare("bench")
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import matplotlib as mpl
+import mlflow
+import msgspec
+import numpy as np
+
+import train
+from config import Config
+from model import Features, TreeScore, acquire
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
+THIS, FASTAPI, MLFLOW, FLOOR = "fraud-api", "FastAPI + PyFunc", "mlflow models serve", "bare gunicorn"
+TREES = (30, 150, 500)
+BATCH, LINES = 1000, 200_000
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+# -- the servers -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(*command: str, port: int, ready: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server on its core, up and answering."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            ["taskset", "-c", str(SERVER_CORE), *command],
+            env=os.environ
+            | {"PORT": str(port), "PYTHONPATH": f"{HERE.parent}:{HERE}", "PATH": f"{BIN}:{os.environ['PATH']}"}
+            | environ,
+            cwd=HERE.parent,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}{ready}", process, log)
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, 15)
+            process.wait(30)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: object) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                log.seek(0)
+                sys.exit(f"bench: {url} does not answer\n{log.read().decode()}")
+            time.sleep(0.1)
+        else:
+            return
+
+
+def service(port: int, trees: int) -> object:
+    uri = f"models:/bench-{trees}@champion"
+    return server(str(BIN / "gunicorn"), port=port, ready="/health/ready", MODEL_URI=uri, WEB_CONCURRENCY="1")
+
+
+def peers(stack: ExitStack, port: int) -> dict[str, int]:
+    """Start all four; the idle ones cost nothing while another is measured. name: port"""
+    uri = "models:/bench-150@champion"
+    stack.enter_context(service(port, 150))
+    uvicorn = [str(BIN / "uvicorn"), "peer_fastapi:app", "--port", str(port + 1), "--no-access-log"]
+    stack.enter_context(server(*uvicorn, port=port + 1, ready="/docs", MODEL_URI=uri))
+    serve = [str(BIN / "mlflow"), "models", "serve", "-m", uri, "-p", str(port + 2), "--env-manager", "local"]
+    stack.enter_context(server(*serve, port=port + 2, ready="/ping"))
+    hello = [str(BIN / "gunicorn"), "-c", "/dev/null", "-b", f"127.0.0.1:{port + 3}", "-k", "gthread", "--threads", "4"]
+    hello += ["--no-control-socket", "--worker-tmp-dir", "/dev/shm", "peer_hello:app"]
+    stack.enter_context(server(*hello, port=port + 3, ready="/", WEB_CONCURRENCY="1"))
+    return {THIS: port, FASTAPI: port + 1, MLFLOW: port + 2, FLOOR: port + 3}
+
+
+# -- the load ----------------------------------------------------------------------------------------------------------
+
+
+def wrk(url: str, body: Path, connections: int, seconds: int) -> dict[str, float]:
+    """Requests per second, and milliseconds of the median and the 99th percentile."""
+    command = ["taskset", "-c", str(LOAD_CORE), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
+    command += ["--timeout", "10s", "-s", str(HERE / "post.lua"), url]
+    output = subprocess.run(command, env=os.environ | {"BODY": str(body)}, capture_output=True, text=True, check=True)
+    if re.search("Non-2xx|Socket errors", output.stdout):
+        sys.exit(f"bench: {url} answers with errors\n{output.stdout}")
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", output.stdout)
+    latency = dict(re.findall(r"(50|99)%\s+([\d.]+[mu]?s)", output.stdout))
+    return {"rate": float(rate[1]), "p50": milliseconds(latency["50"]), "p99": milliseconds(latency["99"])}
+
+
+def milliseconds(text: str) -> float:
+    for unit, factor in (("us", 1e-3), ("ms", 1.0), ("s", 1e3)):
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * factor
+    raise ValueError(text)
+
+
+def stream(port: int, lines: Path) -> float:
+    """Rows per second of one `curl -T` of a file of JSON lines."""
+    command = ["taskset", "-c", str(LOAD_CORE), "curl", "-sfT", str(lines), "-X", "POST", "-o", "/dev/null"]
+    command += ["-H", "Content-Type: application/x-ndjson", "-H", "Expect:", "-w", "%{time_total}"]
+    done = subprocess.run(
+        [*command, f"http://127.0.0.1:{port}/predict/batch"], capture_output=True, text=True, check=True
+    )
+    return LINES / float(done.stdout)
+
+
+def in_process(array: np.ndarray, estimator: object) -> float:
+    """Rows per second of scikit-learn alone, on a ready float array, on the server's core."""
+    os.sched_setaffinity(0, {SERVER_CORE})
+    started = time.perf_counter()
+    estimator.predict_proba(array)
+    seconds = time.perf_counter() - started
+    os.sched_setaffinity(0, CORES)
+    return len(array) / seconds
+
+
+# -- the measurements --------------------------------------------------------------------------------------------------
+
+
+def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[str, ...], float]:
+    """Every figure of the run, medians over the rounds."""
+    found: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    bodies = write_bodies(folder)
+    estimator = mlflow.sklearn.load_model("models:/bench-150@champion")
+    rows = [Features(**row) for row in train.generate(LINES, 7)[0].to_dict("records")]
+    array = TreeScore(estimator).array(rows)
+    with ExitStack() as stack:
+        say("starting the servers")
+        ports = peers(stack, port)
+        sizes = {trees: port + 3 + n for n, trees in enumerate(TREES, start=1)}
+        for trees, own in sizes.items():
+            stack.enter_context(service(own, trees))
+        for number in range(rounds):
+            for connections in (1, 16):
+                for name, own in ports.items():
+                    path, body = ("/invocations", "mlflow") if name == MLFLOW else ("/predict", "one")
+                    result = wrk(f"http://127.0.0.1:{own}{path}", bodies[body], connections, seconds)
+                    for figure, value in result.items():
+                        found[name, str(connections), figure].append(value)
+                    say(f"round {number + 1}/{rounds}: {name}, {connections} connections: {result['rate']:.0f}/s")
+            for name, own in ports.items():
+                if name != FLOOR:
+                    path, body = ("/invocations", "mlflow batch") if name == MLFLOW else ("/predict/batch", "batch")
+                    rate = wrk(f"http://127.0.0.1:{own}{path}", bodies[body], 1, seconds)["rate"] * BATCH
+                    found[name, "batch"].append(rate)
+                    say(f"round {number + 1}/{rounds}: {name}, batches of {BATCH}: {rate:.0f} rows/s")
+            found[THIS, "stream"].append(stream(ports[THIS], bodies["lines"]))
+            found["scikit-learn", "stream"].append(in_process(array, estimator[-1]))
+            say(f"round {number + 1}/{rounds}: stream of {LINES} lines: {found[THIS, 'stream'][-1]:.0f} rows/s")
+            for trees, own in sizes.items():
+                for figure, value in wrk(f"http://127.0.0.1:{own}/predict", bodies["one"], 1, seconds).items():
+                    found[THIS, f"{trees} trees", figure].append(value)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def write_bodies(folder: Path) -> dict[str, Path]:
+    """The requests, as files. name: path"""
+    records = train.generate(LINES, 7)[0].to_dict("records")
+    rows = [{"transaction_id": f"tx_{number:06}", **row} for number, row in enumerate(records)]
+    contents = {
+        "one": json.dumps(rows[0]),
+        "batch": json.dumps({"transactions": rows[:BATCH]}),
+        "mlflow": json.dumps({"dataframe_records": records[:1]}),
+        "mlflow batch": json.dumps({"dataframe_records": records[:BATCH]}),
+        "lines": "".join(json.dumps(row) + "\n" for row in rows),
+    }
+    for name, text in contents.items():
+        (folder / name).write_text(text)
+    return {name: folder / name for name in contents}
+
+
+def processes(folder: Path, port: int) -> dict[str, tuple[float, float]]:
+    """Private memory of a worker in MB and seconds from fork to ready, shared and not."""
+    snapshot = acquire(Config.from_environ(os.environ | {"MODEL_URI": "models:/bench-150@champion"}), 60)
+    (folder / "snapshot").write_bytes(msgspec.json.encode(snapshot))
+    unshared = [str(BIN / "gunicorn"), "-c", str(HERE / "unshared.conf.py"), "fraud_api:get_app()"]
+    start = lambda: server(*unshared, port=port + 9, ready="/health/ready", SNAPSHOT=str(folder / "snapshot"))  # noqa: E731
+    figures = {
+        "shared": worker_figures(lambda: service(port + 9, 150), port + 9),
+        "unshared": worker_figures(start, port + 9),
+    }
+    shutil.rmtree(Path(snapshot.path).parent)
+    return figures
+
+
+def worker_figures(start: Callable[[], object], port: int) -> tuple[float, float]:
+    """Private megabytes of the worker after some requests; seconds from a kill to the next worker's first answer."""
+    with start() as process:
+        master = process.pid
+        for _ in range(200):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready").close()
+        worker = int(Path(f"/proc/{master}/task/{master}/children").read_text().split()[0])
+        private = sum(map(int, re.findall(r"Private_\w+:\s+(\d+)", Path(f"/proc/{worker}/smaps_rollup").read_text())))
+        os.kill(worker, 9)
+        started = time.perf_counter()
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=60).close()
+        return private / 1024, time.perf_counter() - started
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def table(found: dict[tuple[str, ...], float], memory: dict[str, tuple[float, float]], how: str) -> str:
+    """The figures as Markdown."""
+    lines = [
+        how,
+        "",
+        "| one transaction a request | 1 connection: requests/s | p50 ms | p99 ms "
+        "| 16 connections: requests/s | p50 ms | p99 ms | fraud-api |",
+    ]
+    lines.append("| --- | --: | --: | --: | --: | --: | --: | --- |")
+    for name in (THIS, FASTAPI, MLFLOW, FLOOR):
+        cells = [
+            f"{found[name, connections, figure]:,.0f}"
+            if figure == "rate"
+            else f"{found[name, connections, figure]:.2f}"
+            for connections in ("1", "16")
+            for figure in ("rate", "p50", "p99")
+        ]
+        rate = found[THIS, "16", "rate"] / found[name, "16", "rate"]
+        p50 = found[name, "1", "p50"] / found[THIS, "1", "p50"]
+        verdict = "" if name == THIS else f"{rate:.0%} of it" if name == FLOOR else f"{rate:.0f}×, p50 {p50:.0f}× lower"
+        lines.append(f"| {name} | {' | '.join(cells)} | {verdict} |")
+    lines += ["", "| many transactions | rows/s | fraud-api |", "| --- | --: | --- |"]
+    for name in (THIS, FASTAPI, MLFLOW):
+        ratio = "" if name == THIS else f"{found[THIS, 'batch'] / found[name, 'batch']:.1f}×"
+        lines.append(f"| JSON batches of {BATCH:,}, {name} | {found[name, 'batch']:,.0f} | {ratio} |")
+    lines.append(f"| stream of {LINES:,} JSON lines, {THIS} | {found[THIS, 'stream']:,.0f} | |")
+    ratio = found[THIS, "stream"] / found["scikit-learn", "stream"]
+    lines.append(
+        f"| `predict_proba` on a ready array, no server | {found['scikit-learn', 'stream']:,.0f} | {ratio:.0%} of it |"
+    )
+    lines += ["", "| trees in the model | " + " | ".join(map(str, TREES)) + " |", "| --- |" + " --: |" * len(TREES)]
+    for figure, unit in (("rate", "requests/s"), ("p50", "p50 ms"), ("p99", "p99 ms")):
+        digits = 0 if figure == "rate" else 2
+        cells = [f"{found[THIS, f'{trees} trees', figure]:,.{digits}f}" for trees in TREES]
+        lines.append(f"| {unit}, 1 connection | {' | '.join(cells)} |")
+    (shared, again), (alone, slowly) = memory["shared"], memory["unshared"]
+    lines += ["", "| a worker | imports shared by the fork | without | ratio |", "| --- | --: | --: | --: |"]
+    lines.append(f"| private memory, MB | {shared:.0f} | {alone:.0f} | {shared / alone:.0%} |")
+    lines.append(
+        f"| from a kill to the next worker's first answer, s | {again:.2f} | {slowly:.2f} | {again / slowly:.0%} |"
+    )
+    return "\n".join(lines)
+
+
+def chart(found: dict[tuple[str, ...], float], file: Path) -> None:
+    """Requests per second at 16 connections, latency at 1, rows per second: on logarithmic scales."""
+    names = [THIS, FASTAPI, MLFLOW, FLOOR]
+    panels = [
+        ("requests/s, 16 connections", {name: found[name, "16", "rate"] for name in names}),
+        ("p50 and p99 (thin) in ms, 1 connection", {name: found[name, "1", "p50"] for name in names}),
+        (f"rows/s, JSON batches of {BATCH:,}", {name: found[name, "batch"] for name in names[:3]}),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 2.8), layout="constrained")
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        colors = ["#c2410c" if name == THIS else "#94a3b8" for name in values]
+        bars = axis.barh(list(values), list(values.values()), color=colors)
+        if "p99" in title:
+            axis.hlines(range(len(values)), 0.01, [found[name, "1", "p99"] for name in values], color="#334155", lw=1)
+        axis.bar_label(bars, fmt=lambda value: f" {value:,.0f}" if value > 20 else f" {value:.2f}", fontsize=8)
+        axis.set(title=title, xscale="log")
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.25)
+    figure.savefig(file, dpi=110)
+
+
+def write_readme(text: str) -> None:
+    readme = HERE.parent / "README.md"
+    head, tail = "<!-- make bench writes from here -->", "<!-- to here -->"
+    before, _, rest = readme.read_text().partition(head)
+    readme.write_text(f"{before}{head}\n{text}\n{tail}{rest.partition(tail)[2]}")
+
+
+def machine() -> str:
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return f"{len(CORES)} cores ({model[1] if model else 'unknown'}), Python {sys.version.split()[0]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)")
+    parser.add_argument("--seconds", type=int, default=4, help="of each measurement (default %(default)s)")
+    parser.add_argument("--port", type=int, default=18000, help="first of ten (default %(default)s)")
+    options = parser.parse_args()
+    missing = [name for name in ("wrk", "curl", "taskset") if not shutil.which(name)]
+    if missing:
+        sys.exit(f"bench: {', '.join(missing)} not found; on Debian: apt-get install wrk curl util-linux")
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
+        mlflow.set_tracking_uri(uri)
+        train.use_experiment("bench", uri)
+        for trees in TREES:
+            say(f"training {trees} trees")
+            train.train(100_000, trees, 0, f"bench-{trees}", None)
+        found = measure(folder, options.rounds, options.seconds, options.port)
+        say("memory and start of a worker")
+        memory = processes(folder, options.port)
+    load = "the other" if LOAD_CORE != SERVER_CORE else "the same"
+    how = (
+        f"Medians of {options.rounds} interleaved rounds of {options.seconds} s on {machine()}; every server has one "
+        f"process on one core, wrk runs on {load}. The model has 150 trees unless said otherwise."
+    )
+    text = table(found, memory, how)
+    write_readme(text)
+    chart(found, HERE / "results.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
