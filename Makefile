@@ -7,6 +7,10 @@ UV := $(or $(shell command -v uv),$(BIN)/uv)
 WITH_ENV := $(UV) run --quiet --no-project --env-file .env.example $(if $(wildcard .env),--env-file .env) --
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(if $(UPGRADE),--upgrade)
 
+SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes --compile-bytecode
+# gunicorn's parser in C is the one package that comes as source; without a compiler gunicorn uses its own in Python.
+WITHOUT_C := awk '/^gunicorn-h1c==/ {skip = 1} !skip {print} !/\\$$/ {skip = 0}'
+
 export PYTHONDONTWRITEBYTECODE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
@@ -28,7 +32,7 @@ install: .venv/installed ## make .venv with what is locked in requirements-dev.t
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --clear .venv
 	@command -v uv >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check uv
-	$(UV) pip sync --python $(BIN)/python --require-hashes --compile-bytecode requirements-dev.txt
+	$(SYNC) requirements-dev.txt || { $(WITHOUT_C) requirements-dev.txt > .venv/without-c.txt && $(SYNC) .venv/without-c.txt; }
 	@touch $@
 
 .PHONY: run
@@ -38,8 +42,8 @@ run: install ## train and register a model if there is none, then serve it; PORT
 	@$(WITH_ENV) $(BIN)/gunicorn
 
 .PHONY: model
-model: install ## train a model and register it as champion
-	@$(WITH_ENV) $(BIN)/python train.py
+model: install ## train a model and register it as champion; ARGS="--help" shows the options
+	@$(WITH_ENV) $(BIN)/python train.py $(ARGS)
 
 .PHONY: serve
 serve: install ## serve the registered model
@@ -66,5 +70,5 @@ lock: ## pin what requirements*.in ask for, with hashes; UPGRADE=1 takes the new
 
 .PHONY: clean
 clean: ## remove the environment, the local registry and caches
-	rm -rf .venv .mlflow .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .mlflow mlruns .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

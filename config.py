@@ -57,7 +57,6 @@ _http = _matching(r"https?://\S+", "an http:// or https:// address")
 _model = _matching(r"models:/[^/@\s]+(@[^/@\s]+|/[1-9][0-9]*)", "models:/<name>@<alias> or models:/<name>/<number>")
 _probability = _matching(r"0?\.[0-9]+|[01](\.0*)?", "a number from 0 to 1, such as 0.35", float)
 _level = _matching("(?i)debug|info|warning|error|critical", "one of debug, info, warning, error, critical", str.lower)
-_folder = _matching("/.*", "an absolute path")
 
 
 def _address(text: str) -> str:
@@ -65,6 +64,12 @@ def _address(text: str) -> str:
         return str(ipaddress.ip_address(text))
     except ValueError:
         raise ValueError("an IP address, such as 127.0.0.1, 0.0.0.0 or ::1") from None
+
+
+def _folder(text: str) -> str:
+    if os.path.isabs(text) and os.path.isdir(text):
+        return text
+    raise ValueError("the absolute path of a folder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -87,7 +92,7 @@ class Config:
     max_body_bytes: int = _variable(_whole(1024, 2**30), "4194304")
     max_line_bytes: int = _variable(_whole(1024, 2**20), "65536")
     host: str = _variable(_address, "127.0.0.1")
-    port: int = _variable(_whole(0, 65535), "8000")
+    port: int = _variable(_whole(1, 65535), "8000")
     web_concurrency: int = _variable(_whole(1, 256), "2")
     threads: int = _variable(_whole(1, 64), "4")
     log_level: str = _variable(_level, "info")

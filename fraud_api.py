@@ -1,5 +1,6 @@
 """The HTTP service: bytes → `Transaction` → probability → `Prediction` → bytes."""
 
+import errno
 import logging
 import re
 import sys
@@ -107,6 +108,7 @@ def create_app(config: Config, model: Model) -> App:
     app.add_route("/health/ready", health, suffix="ready")
     app.add_error_handler(Exception, _unexpected)
     app.add_error_handler(falcon.HTTPError, _expected)
+    app.add_error_handler(ConnectionResetError, _hang_up)
     return app
 
 
@@ -194,13 +196,24 @@ def score_stream(model: Model, stream: Any, longest: int) -> Iterator[bytes]:
 def read_lines(stream: Any, longest: int) -> Iterator[list[bytes]]:
     """The lines of a stream, as many at a time as have come. Of a longer line than `longest` the middle is left out."""
     rest, size = b"", FIRST_READ
-    while data := stream.read(size):
+    while data := read(stream, size):
         *lines, rest = (rest + data).split(b"\n")
         yield lines
         rest = rest[: longest + 1]
         size = min(2 * size, LAST_READ)
     if rest:
         yield [rest]
+
+
+def read(stream: Any, size: int) -> bytes:
+    """Up to `size` bytes; less only at the end of the body, which gunicorn knows (`wsgi.input_terminated`).
+
+    A body whose chunks are broken, or whose client has gone, ends the connection: what follows on it means nothing.
+    """
+    try:
+        return bytes(stream.read(size))
+    except OSError as error:
+        raise ConnectionResetError(errno.ECONNRESET, f"broken body: {error}") from error  # gunicorn closes, quietly
 
 
 def media_type(req: falcon.Request) -> str:
@@ -212,9 +225,9 @@ def read_json(req: falcon.Request, max_bytes: int) -> bytes:
     if media_type(req) != JSON:
         raise falcon.HTTPUnsupportedMediaType(description=f"expected {JSON}")
     if (req.content_length or 0) <= max_bytes:
-        body = req.stream.read(max_bytes + 1)  # ends with the body: gunicorn frames it (wsgi.input_terminated)
+        body = read(req.stream, max_bytes + 1)
         if len(body) <= max_bytes:
-            return bytes(body)
+            return body
     raise falcon.HTTPContentTooLarge(description=f"more than {max_bytes} bytes")
 
 
@@ -276,6 +289,11 @@ def send(resp: falcon.Response, error: falcon.HTTPError, **more: Any) -> None:
 def _expected(req: Any, resp: falcon.Response, error: falcon.HTTPError, params: Any) -> None:
     """What Falcon and the handlers raise on purpose."""
     send(resp, error)
+
+
+def _hang_up(req: Any, resp: Any, error: ConnectionResetError, params: Any) -> None:
+    """There is nobody to answer: gunicorn closes the connection."""
+    raise error
 
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:

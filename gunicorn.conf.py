@@ -10,6 +10,9 @@ import sys
 import time
 
 sys.dont_write_bytecode = True  # the service writes no file to any disk
+if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not again at a reload: gunicorn has its own by then
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 from config import prepare
 
@@ -32,7 +35,6 @@ control_socket_disable = True  # it would make a file under $HOME
 def on_starting(server):
     """Before the first worker: log the configuration, fetch the model, or end with one line."""
     server.log.info("%r", settings)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # gunicorn's own handlers come later
     try:
         fraud_api.snapshot = acquire(settings, settings.model_load_timeout - (time.monotonic() - started))
     except ModelError as error:

@@ -185,18 +185,21 @@ def release(snapshot: Snapshot) -> None:
 
 
 def _answer(config: Config, folder: Path, seconds: float, writer: int) -> NoReturn:
-    """The child's life: one snapshot, or one sentence, as JSON into the pipe."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
-    answer: Snapshot | str
+    """The child's life: one snapshot, or one sentence, as JSON into the pipe. It never returns to the master's code."""
     try:
-        answer = _fetch(config, folder)
-        load(answer, config)
-    except Exception as error:
-        log.debug("the model cannot be served", exc_info=True)
-        answer = config.mask(str(error).partition("\n")[0] or repr(error))
-    os.write(writer, msgspec.json.encode(answer))
-    os._exit(0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+        answer: Snapshot | str
+        try:
+            answer = _fetch(config, folder)
+            load(answer, config)
+        except Exception as error:
+            log.debug("the model cannot be served", exc_info=True)
+            answer = config.mask(str(error).partition("\n")[0] or repr(error))
+        os.write(writer, msgspec.json.encode(answer))
+    finally:
+        os._exit(0)
 
 
 def _understand(config: Config, answer: bytes, exit_code: int) -> Snapshot:
@@ -214,8 +217,8 @@ def _understand(config: Config, answer: bytes, exit_code: int) -> Snapshot:
 def _fetch(config: Config, folder: Path) -> Snapshot:
     """Resolve MODEL_URI to one version and download its files."""
     scheme, _, database = config.mlflow_tracking_uri.partition(":///")
-    if scheme == "sqlite" and not Path(database).exists():  # MLflow would make an empty one
-        raise ModelError("there is no such file; `make model` trains and registers a first model")
+    if scheme == "sqlite" and not (Path(database).exists() and Path(database).stat().st_size):  # MLflow would make one
+        raise ModelError("there is no such database; `make model` trains and registers a first model")
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     client = MlflowClient()
     name, _, number = config.model_uri.removeprefix("models:/").partition("/")
@@ -303,7 +306,7 @@ def _scorer(pyfunc: Any, golden: Sequence[Golden]) -> tuple[str, Score]:
             return "treelite", trees
         log.warning("no fast path: treelite and scikit-learn differ by %.3g", gap)
     except Exception as error:  # what cannot be accelerated is served all the same
-        log.warning("no fast path: %s", error)
+        log.info("no fast path: %s", error)
     return "sklearn", direct
 
 

@@ -1,17 +1,31 @@
 """Train on generated transactions, register the model, point the alias `champion` at it: `python train.py`."""
 
+import argparse
+import sys
+from pathlib import Path
+
 from config import prepare
 
-if __name__ == "__main__":  # before the libraries are imported: they read the environment then
-    config = prepare("train")
 
-import argparse
-from pathlib import Path
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, default=250_000, help="transactions to generate (default %(default)s)")
+    parser.add_argument("--trees", type=int, default=150, help="boosting rounds (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default %(default)s)")
+    parser.add_argument("--name", default="fraud-detector", help="registered model (default %(default)s)")
+    parser.add_argument("--release", metavar="v1.2.3", help="tag of the version, shown as model_version")
+    parser.add_argument("--if-missing", action="store_true", help="do nothing if the registry has a champion")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the libraries are imported: they read the environment then
+    options, config = arguments(), prepare("train")
 
 import mlflow
 import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 from sklearn.compose import make_column_transformer
@@ -30,7 +44,7 @@ TRUSTED_TYPES = [
     "sklearn.utils.validation.check_array",
 ]
 
-NAME, ALIAS = "fraud-detector", "champion"
+ALIAS = "champion"
 GOLDEN_ROWS = 8
 
 # category: share of transactions, mean log amount, weight of the category in the log-odds of fraud
@@ -153,8 +167,12 @@ def has_champion(name: str) -> bool:
 def use_experiment(name: str, tracking_uri: str) -> None:
     """Log to the experiment `name`; with a local database, keep the artifacts beside it."""
     if tracking_uri.startswith("sqlite:///"):
-        folder = Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent
+        database = Path(tracking_uri.removeprefix("sqlite:///")).absolute()
+        folder = database.parent
         folder.mkdir(parents=True, exist_ok=True)
+        if not database.exists():  # made aside and moved: MLflow cannot go on with one that it was stopped in making
+            MlflowClient(f"sqlite:///{database}.new").search_experiments()
+            Path(f"{database}.new").rename(database)
         if mlflow.get_experiment_by_name(name) is None:
             mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
     mlflow.set_experiment(name)
@@ -184,19 +202,13 @@ def train(rows: int, trees: int, seed: int, name: str, release: str | None) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
-    parser.add_argument("--rows", type=int, default=250_000, help="transactions to generate (default %(default)s)")
-    parser.add_argument("--trees", type=int, default=150, help="boosting rounds (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default %(default)s)")
-    parser.add_argument("--name", default=NAME, help="registered model (default %(default)s)")
-    parser.add_argument("--release", metavar="v1.2.3", help="tag of the version, shown as model_version")
-    parser.add_argument("--if-missing", action="store_true", help="do nothing if the registry has a champion")
-    options = parser.parse_args()
     use_experiment(options.name, config.mlflow_tracking_uri)
-    if options.if_missing and has_champion(options.name):
-        return
-    train(options.rows, options.trees, options.seed, options.name, options.release)
+    if not (options.if_missing and has_champion(options.name)):
+        train(options.rows, options.trees, options.seed, options.name, options.release)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MlflowException as error:
+        sys.exit(f"train: {config.mask(str(error).partition(chr(10))[0])}")

@@ -31,7 +31,7 @@ def test_every_problem_is_named_at_once() -> None:
         "MLFLOW_TRACKING_URI is not set, expected an http://, https:// or sqlite:/// address; "
         "MODEL_URI is 'fraud-detector', expected models:/<name>@<alias> or models:/<name>/<number>; "
         "FRAUD_THRESHOLD is '1.5', expected a number from 0 to 1, such as 0.35; "
-        "PORT is 'eighty', expected a whole number from 0 to 65535; "
+        "PORT is 'eighty', expected a whole number from 1 to 65535; "
         "LOG_LEVEL is 'loud', expected one of debug, info, warning, error, critical"
     )
 
@@ -40,6 +40,7 @@ def test_every_problem_is_named_at_once() -> None:
     ("variable", "value"),
     [
         ("port", "65536"),
+        ("port", "0"),
         ("port", "-1"),
         ("port", "٣"),
         ("fraud_threshold", "nan"),
@@ -51,6 +52,7 @@ def test_every_problem_is_named_at_once() -> None:
         ("mlflow_s3_endpoint_url", "minio:9000"),
         ("host", "localhost"),
         ("memory_dir", "shm"),
+        ("memory_dir", "/nowhere"),
     ],
 )
 def test_bad_values(variable: str, value: str) -> None:

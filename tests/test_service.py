@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -53,10 +54,9 @@ def test_predict(service: Service, model: Model) -> None:
     }
 
 
-def test_start_predict_stop(champion: str, tmp_path: Path) -> None:
+def test_start_predict_stop(champion: str) -> None:
     """By number instead of alias; the folder in memory is there while it serves and gone after, the exit is clean."""
-    memory = Path("/dev/shm") / tmp_path.name
-    memory.mkdir()
+    memory = Path(tempfile.mkdtemp(dir="/dev/shm"))
     try:
         with running(champion, model_uri=f"models:/{NAME}/1", memory_dir=str(memory)) as service:
             assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
@@ -134,6 +134,28 @@ def test_client_that_leaves(service: Service) -> None:
     assert service.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
     assert service.workers() == workers
     assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/predict", "application/json"),
+        ("/predict/batch", "application/json"),
+        ("/predict/batch", "application/x-ndjson"),
+        ("/predict", "application/x-ndjson"),
+    ],
+)
+@pytest.mark.parametrize("body", [b"zz\r\n{}\r\n0\r\n\r\n", b"-1\r\n", b"5\r\n{}\r\n0\r\n\r\n"])
+def test_broken_chunks(service: Service, path: str, kind: str, body: bytes) -> None:
+    """A body that lies about its chunks ends its connection; what follows on it is never taken for a request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect(service) as connection:
+        connection.sendall(head.encode() + body + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert b'"ok"' not in received
+    assert b" 500 " not in received
+    assert "failed" not in service.log
 
 
 def test_memory_over_a_long_stream(champion: str) -> None:
@@ -264,7 +286,7 @@ def test_no_database() -> None:
     status, _, lines = failure("sqlite:///nowhere.db")
     assert status == 1
     assert lines[0][0].endswith(
-        "at sqlite:///nowhere.db: there is no such file; `make model` trains and registers a first model"
+        "at sqlite:///nowhere.db: there is no such database; `make model` trains and registers a first model"
     )
     assert not (HERE / "nowhere.db").exists()
 
