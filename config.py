@@ -109,7 +109,7 @@ class Config:
             try:
                 values[item.name] = None if text == "" else item.metadata["parse"](text or "")
             except ValueError as expected:
-                found = "is not set" if text is None else f"is {MASK if item.metadata['secret'] else repr(text)}"
+                found = "is not set" if text is None else f"is {text!r}"  # secrets may be anything, so none gets here
                 problems.append(f"{name} {found}, expected {expected}")
         if problems:
             raise ConfigError("bad configuration: " + "; ".join(problems))

@@ -265,7 +265,7 @@ def invalid(error: Exception, body: bytes | msgspec.Raw) -> InvalidBody:
         msgspec.json.decode(body, type=msgspec.Raw)  # to its end: the typed decoder stops at the first thing wrong
     except MALFORMED:
         return InvalidBody(400, "malformed JSON")
-    found = re.search(r"`(?:\$\.)?(\w+)(?:\[\.\.\.\])?`$", str(error))
+    found = re.search(r"`(?:\$\.)?(\w+)`$", str(error))
     if not found or found[1] not in RULES:
         return InvalidBody(422, "expected a JSON object")
     return InvalidBody(422, f"{found[1]}: expected {RULES[found[1]]}", found[1])

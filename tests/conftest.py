@@ -106,12 +106,11 @@ class Service(Process):
     """The service, run by the plain gunicorn command."""
 
     def __init__(self, registry: str, python: str = sys.executable, cwd: Path = HERE, **variables: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        environ = {"MLFLOW_TRACKING_URI": registry, "PORT": str(self.port)}
+        environ = {"MLFLOW_TRACKING_URI": registry, "PORT": str(free_port())}
         environ |= {name.upper(): value for name, value in variables.items()}
-        gunicorn = str(Path(python).with_name("gunicorn"))
-        super().__init__(gunicorn, "fraud_api:get_app()", environ=environ, cwd=cwd)
+        self.port = int(environ["PORT"])
+        self.url = f"http://{environ.get('HOST', '127.0.0.1')}:{self.port}"
+        super().__init__(str(Path(python).with_name("gunicorn")), environ=environ, cwd=cwd)
 
     def wait_ready(self) -> None:
         wait_until(lambda: self.popen.poll() is not None or get(f"{self.url}/health/ready") == 200, "it is ready")

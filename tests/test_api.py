@@ -58,6 +58,22 @@ def test_threshold_is_inclusive(model: Model) -> None:
         assert post(app, "/predict", TRANSACTION).json["is_fraud"] is is_fraud
 
 
+@pytest.mark.parametrize(
+    ("probability", "is_fraud", "confidence"), [(0.9, True, 0.9), (0.25, False, 0.75), (1.0, True, 1.0)]
+)
+def test_decision_and_confidence(model: Model, probability: float, is_fraud: bool, confidence: float) -> None:
+    """Confidence is that of the likelier answer, whatever the threshold."""
+    certain = replace(model, threshold=0.5, score=lambda rows: np.array([probability]))
+    answer = timeless(post(TestApp(create_app(config(), certain)), "/predict", TRANSACTION).json)
+    assert answer == {
+        "transaction_id": "tx_12345",
+        "is_fraud": is_fraud,
+        "fraud_probability": probability,
+        "confidence": confidence,
+        "model_version": "v1.2.3",
+    }
+
+
 def test_version_without_a_release(model: Model) -> None:
     """`v` and the registry's number stand in for a missing `release` tag."""
     snapshot = type(model.snapshot)(model.snapshot.path, "fraud-detector", "7", None, "http://registry")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 
 import mlflow
@@ -104,6 +105,10 @@ def test_crossing(trees: tuple[Pipeline, TreeScore]) -> None:
     expected = pipeline.predict_proba(DATA.head(TREELITE_ROWS + 1))[:, 1]
     np.testing.assert_allclose(score(every), expected, rtol=0, atol=1e-9)
     np.testing.assert_allclose(score(every[:-1]), expected[:-1], rtol=0, atol=1e-9)
+    few, many = copy(score), copy(score)
+    few.estimator = many.walk = None  # type: ignore[assignment]
+    assert len(few(every[:-1])) == TREELITE_ROWS
+    assert len(many(every)) == TREELITE_ROWS + 1
 
 
 def test_frame_is_what_models_are_trained_on(model: Model) -> None:
@@ -162,6 +167,7 @@ def test_forest(tmp_path: Path) -> None:
 
 def test_model_without_fast_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Logistic regression on scaled numbers is served through its own predict_proba, and the log says so once."""
+    caplog.set_level("INFO", "gunicorn.error")
     estimator = fitted(LogisticRegression(), ONE_HOT, StandardScaler())
     loaded = load(saved(tmp_path, estimator), config())
     assert loaded.scorer == "sklearn"
@@ -313,6 +319,7 @@ def test_threshold(snapshot: Snapshot, model: Model) -> None:
     metadata = mlflow.models.Model.load(snapshot.path).metadata
     assert model.threshold == metadata["threshold"]
     assert load(snapshot, config(fraud_threshold="0.875")).threshold == 0.875
+    assert load(snapshot, config(fraud_threshold="0")).threshold == 0
 
 
 # -- the folder in memory ----------------------------------------------------------------------------------------------

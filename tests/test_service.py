@@ -25,7 +25,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 import train
-from conftest import HERE, NAME, TRANSACTION, Process, Service, free_port, running, wait_until
+from conftest import HERE, NAME, TRANSACTION, Process, Service, free_port, get, running, wait_until
 from model import SIGNATURE, Model, Transaction
 
 
@@ -58,12 +58,14 @@ def test_start_predict_stop(champion: str) -> None:
     """By number instead of alias; the folder in memory is there while it serves and gone after, the exit is clean."""
     memory = Path(tempfile.mkdtemp(dir="/dev/shm"))
     try:
-        with running(champion, model_uri=f"models:/{NAME}/1", memory_dir=str(memory)) as service:
+        options = {"memory_dir": str(memory), "host": "127.0.0.2", "log_level": "warning"}
+        with running(champion, model_uri=f"models:/{NAME}/1", **options) as service:
             assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
             assert [folder.name[:10] for folder in memory.iterdir()] == ["fraud-api-"]
             service.popen.send_signal(signal.SIGTERM)
             assert service.wait() == 0
             assert list(memory.iterdir()) == []
+            assert service.log == ""
     finally:
         shutil.rmtree(memory)
 
@@ -71,6 +73,29 @@ def test_start_predict_stop(champion: str) -> None:
 def test_the_log_shows_the_configuration(service: Service) -> None:
     assert f"MODEL_URI='models:/{NAME}@champion'" in service.log
     assert f"serving {NAME} v1.2.3" in service.log
+    assert "Using worker: gthread" in service.log
+
+
+def test_credentials_in_the_address_stay_out_of_sight(champion: str) -> None:
+    """Neither the log nor `/health` nor the reason of a failed start shows what stands before the `@`."""
+    address = champion.replace("http://", "http://user:s3cret@")
+    with running(address) as service, urllib.request.urlopen(f"{service.url}/health") as answer:
+        assert json.load(answer)["registry_uri"] == champion
+        assert "s3cret" not in service.log
+    _, _, lines = failure(address, model_uri=f"models:/{NAME}/99", mlflow_tracking_token="s3cret-too")
+    assert re.match(f"cannot serve models:/{NAME}/99 at {champion}: ", lines[0][0])
+    assert "s3cret" not in lines[0][0]
+
+
+def test_plain_gunicorn_with_the_application_named(champion: str) -> None:
+    """`gunicorn "fraud_api:get_app()"` is the same as `gunicorn`."""
+    port = free_port()
+    environ = {"MLFLOW_TRACKING_URI": champion, "PORT": str(port)}
+    process = Process(str(Path(sys.executable).with_name("gunicorn")), "fraud_api:get_app()", environ=environ)
+    try:
+        wait_until(lambda: get(f"http://127.0.0.1:{port}/health/ready") == 200, "it is ready")
+    finally:
+        assert process.stop() == 0
 
 
 def test_all_workers_answer_one_version(champion: str) -> None:
@@ -78,6 +103,7 @@ def test_all_workers_answer_one_version(champion: str) -> None:
     client = MlflowClient(champion)
     with running(champion, web_concurrency="2") as service:
         copy = client.copy_model_version(f"models:/{NAME}/1", NAME)
+        client.set_model_version_tag(NAME, copy.version, "release", "v2")
         client.set_registered_model_alias(NAME, "champion", copy.version)
         try:
             os.kill(service.workers()[0], signal.SIGKILL)
