@@ -7,12 +7,17 @@ each of them means.
 import ipaddress
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import quote_plus
 
 MASK = "***"
+
+# What ends a start that has not come to serving yet.
+INTERRUPTS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
 # What the libraries are told unless the operator says otherwise, and why.
 LIBRARY_DEFAULTS = {
@@ -109,7 +114,7 @@ class Config:
             try:
                 values[item.name] = None if text == "" else item.metadata["parse"](text or "")
             except ValueError as expected:
-                found = "is not set" if text is None else f"is {text!r}"  # secrets may be anything, so none gets here
+                found = "is not set" if text is None else f"is {without_credentials(repr(text))}"
                 problems.append(f"{name} {found}, expected {expected}")
         if problems:
             raise ConfigError("bad configuration: " + "; ".join(problems))
@@ -125,18 +130,21 @@ class Config:
         environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
 
     def mask(self, text: str) -> str:
-        """`text` without secrets of this configuration and credentials in addresses: for logs and errors."""
-        for secret in (getattr(self, item.name) for item in fields(self) if item.metadata["secret"]):
-            text = text.replace(secret, MASK) if secret else text
+        """`text` without secrets of this configuration and credentials in addresses: for what libraries say."""
+        secrets = [getattr(self, item.name) or "" for item in fields(self) if item.metadata["secret"]]
+        for secret in sorted({*secrets, *map(quote_plus, secrets)} - {""}, key=len, reverse=True):
+            text = text.replace(secret, MASK)
         return without_credentials(text)
 
     def __repr__(self) -> str:
-        return self.mask(" ".join(f"{item.name.upper()}={getattr(self, item.name)!r}" for item in fields(self)))
+        shown = {item.name: getattr(self, item.name) for item in fields(self)}
+        shown |= {item.name: MASK for item in fields(self) if item.metadata["secret"] and shown[item.name]}
+        return without_credentials(" ".join(f"{name.upper()}={value!r}" for name, value in shown.items()))
 
 
 def without_credentials(text: str) -> str:
     """The text, its addresses without user name and password (RFC 3986, section 3.2.1)."""
-    return re.sub(r"://[^/\s]*@", "://", text)
+    return re.sub(r"://\S*@", "://", text)
 
 
 def prepare(program: str) -> Config:

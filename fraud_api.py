@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -144,7 +145,7 @@ class PredictBatch:
         raws = decode(decode_batch, read_json(req, self.config.max_body_bytes)).transactions
         if len(raws) > self.config.max_batch_size:
             raise falcon.HTTPContentTooLarge(description=f"more than {self.config.max_batch_size} transactions")
-        rows = [decode_row(raw, index) for index, raw in enumerate(raws)]
+        rows = decode_rows(raws)
         predictions = predict(self.model, [row for row in rows if isinstance(row, Transaction)])
         resp.data = encode(Predictions(predictions, [row for row in rows if isinstance(row, Problem)]))
 
@@ -187,7 +188,7 @@ def score_stream(model: Model, stream: Any, longest: int) -> Iterator[bytes]:
     """JSON lines in, as they come; for each a line out, a prediction or a problem, in order, in constant memory."""
     count = 0
     for lines in read_lines(stream, longest):
-        rows = [decode_row(line, index, longest) for index, line in enumerate(lines, start=count)]
+        rows = decode_rows(lines, count, longest)
         predictions = iter(predict(model, [row for row in rows if isinstance(row, Transaction)]))
         yield encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
         count += len(lines)
@@ -226,6 +227,8 @@ def read_json(req: falcon.Request, max_bytes: int) -> bytes:
         raise falcon.HTTPUnsupportedMediaType(description=f"expected {JSON}")
     if (req.content_length or 0) <= max_bytes:
         body = read(req.stream, max_bytes + 1)
+        if req.content_length not in (None, len(body)):
+            raise InvalidBody(400, "the body is shorter than its Content-Length")
         if len(body) <= max_bytes:
             return body
     raise falcon.HTTPContentTooLarge(description=f"more than {max_bytes} bytes")
@@ -239,7 +242,17 @@ def decode(decoder: Callable[[bytes], Body], body: bytes) -> Body:
         raise invalid(error, body) from None
 
 
-def decode_row(row: bytes | msgspec.Raw, index: int, longest: int = sys.maxsize) -> Transaction | Problem:
+def decode_rows(
+    rows: Sequence[bytes | msgspec.Raw], first: int = 0, longest: int = sys.maxsize
+) -> Sequence[Transaction | Problem]:
+    """The rows of a batch, numbered from `first`, each decoded or said what is wrong with it."""
+    if max(map(len, rows), default=0) <= longest:
+        with suppress(*MALFORMED):
+            return list(map(decode_transaction, rows))
+    return [decode_row(row, index, longest) for index, row in enumerate(rows, first)]
+
+
+def decode_row(row: bytes | msgspec.Raw, index: int, longest: int) -> Transaction | Problem:
     """A row of a batch, or what is wrong with it."""
     try:
         if len(row) > longest:

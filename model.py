@@ -8,9 +8,11 @@ import ctypes
 import fcntl
 import logging
 import os
+import select
 import shutil
 import signal
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,7 +34,7 @@ from mlflow import MlflowClient
 from msgspec import Meta
 from treelite.libpath import find_lib_path
 
-from config import Config, without_credentials
+from config import INTERRUPTS, Config, without_credentials
 
 log = logging.getLogger("gunicorn.error")
 
@@ -45,9 +47,9 @@ TREES_TOLERANCE = 1e-9
 # Numbers are cut here before forests, which compute in float32 and refuse what does not fit, see them.
 LARGEST = 1e30
 
-# Up to this many rows treelite is faster than scikit-learn, which has about 1.5 ms of overhead a call but less work a
-# row. Measured on one core, HistGradientBoosting, microseconds for treelite / scikit-learn, 150 trees: 1 row 44 / 1840,
-# 100 rows 1380 / 2490, 300 rows 4060 / 3590. Forests of 20 trees cross at 1000 rows, 500 boosted trees at 200.
+# Up to this many rows treelite is faster than scikit-learn, which has 1 to 2 ms of overhead a call but less work a row.
+# Microseconds for treelite / scikit-learn on one core, HistGradientBoosting of 150 trees: 16 / 1750 for 1 row,
+# 2630 / 2800 for 200, 3860 / 3430 for 300 with 8 leaves a tree; 19 / 1800, 3910 / 3510, 5810 / 4530 with 31.
 TREELITE_ROWS = 200
 
 
@@ -158,25 +160,30 @@ def acquire(config: Config, seconds: float) -> Snapshot:
     """Fetch the version that MODEL_URI names and prove that it loads, within `seconds`.
 
     The work is done in a child process: this one opens no connection and starts no thread before it forks its workers,
-    and whatever hangs (a name server, a socket, C code) ends with the kernel's SIGALRM.
+    and whatever hangs (a name server, a socket, C code) is killed.
     """
-    folder = _new_folder(config.memory_dir)
+    try:
+        folder = _new_folder(config.memory_dir)
+    except OSError as error:
+        raise ModelError(f"no folder for it in MEMORY_DIR: {error}") from error
     reader, writer = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # an exception raised amid the fork would be lost
     child = os.fork()
     if not child:
-        os.close(reader)
         _answer(config, folder, seconds, writer)
     os.close(writer)
     try:
-        with open(reader, "rb") as pipe:
-            answer = pipe.read()
-        _, status = os.waitpid(child, 0)
-        return _understand(config, answer, os.waitstatus_to_exitcode(status))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        in_time, _, _ = select.select([reader], [], [], max(seconds, 0))
+        return _understand(config, os.read(reader, 2**16) if in_time else None)
     except BaseException:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
         shutil.rmtree(folder)
         raise
+    finally:
+        os.close(reader)
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def release(snapshot: Snapshot) -> None:
@@ -185,28 +192,30 @@ def release(snapshot: Snapshot) -> None:
 
 
 def _answer(config: Config, folder: Path, seconds: float, writer: int) -> NoReturn:
-    """The child's life: one snapshot, or one sentence, as JSON into the pipe. It never returns to the master's code."""
+    """The child's life: a snapshot or a sentence, as JSON into the pipe. It never returns to the master's code."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (*INTERRUPTS, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 1)  # should the master be gone
         answer: Snapshot | str
         try:
             answer = _fetch(config, folder)
             load(answer, config)
-        except Exception as error:
-            log.debug("the model cannot be served", exc_info=True)
-            answer = config.mask(str(error).partition("\n")[0] or repr(error))
+        except BaseException as error:
+            log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
+            reason = str(error).partition("\n")[0] or repr(error)
+            answer = config.mask(reason)[:1000].encode(errors="replace").decode()
         os.write(writer, msgspec.json.encode(answer))
     finally:
         os._exit(0)
 
 
-def _understand(config: Config, answer: bytes, exit_code: int) -> Snapshot:
-    if exit_code == -signal.SIGALRM:
+def _understand(config: Config, answer: bytes | None) -> Snapshot:
+    if answer is None:
         reason: Snapshot | str = f"not loaded within {config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
-    elif exit_code:
-        reason = f"the loading process ended with status {exit_code}"
+    elif not answer:
+        reason = "the process that loads it died"
     else:
         reason = msgspec.json.decode(answer, type=Snapshot | str)
     if isinstance(reason, Snapshot):
@@ -220,6 +229,7 @@ def _fetch(config: Config, folder: Path) -> Snapshot:
     if scheme == "sqlite" and not (Path(database).exists() and Path(database).stat().st_size):  # MLflow would make one
         raise ModelError("there is no such database; `make model` trains and registers a first model")
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
+    mlflow.set_registry_uri(config.mlflow_tracking_uri)
     client = MlflowClient()
     name, _, number = config.model_uri.removeprefix("models:/").partition("/")
     if not number:
@@ -236,25 +246,26 @@ def _new_folder(parent: str) -> Path:
     Folders whose lock is free are what crashed runs left: they are removed.
     """
     for old in Path(parent).glob("fraud-api-*"):
-        if _lock(old):
+        if (lock := _lock(old)) is not None:
             shutil.rmtree(old, ignore_errors=True)
+            os.close(lock)
     while True:
         folder = Path(tempfile.mkdtemp(prefix="fraud-api-", dir=parent))
-        if _lock(folder) and folder.exists():  # else another start took it for a left one before it was locked
+        if _lock(folder) is not None and folder.exists():  # else another start took it for a left one in between
             (folder / "model").mkdir()
             return folder
 
 
-def _lock(folder: Path) -> bool:
-    """Take the folder's lock if free. The descriptor stays open; the lock ends with the last process that has it."""
+def _lock(folder: Path) -> int | None:
+    """The folder's lock, if free: a descriptor. Left open, it is held until the last process that has it ends."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return descriptor
         except OSError:
             os.close(descriptor)
-    return False
+    return None
 
 
 # -- memory → score, in each worker ------------------------------------------------------------------------------------
@@ -316,11 +327,7 @@ def _checked(score: Score, golden: Sequence[Golden], of_labels: bool = False) ->
     try:
         found = score(rows)
     except ValueError as error:
-        raise ModelError(f"the model does not score every valid transaction: {error}") from error
-    if found.shape != (len(rows),):
-        raise ModelError(f"the model gives values of shape {found.shape} for {len(rows)} rows, not one for each")
-    if not np.all((found >= 0) & (found <= 1)):
-        raise ModelError("the model gives values outside 0 to 1, not probabilities")
+        raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
     if of_labels and np.all((found == 0) | (found == 1)):
         raise ModelError("the model gives labels, not probabilities; log it with pyfunc_predict_fn='predict_proba'")
     return score
@@ -365,8 +372,11 @@ def _pyfunc_score(pyfunc: Any) -> Score:
     def score(rows: Sequence[Features]) -> Floats:
         output = np.asarray(pyfunc.predict(frame(rows)))
         if output.dtype.kind != "f":
-            raise ModelError(f"the model gives {output.dtype} labels, not probabilities")
-        return np.asarray(output[:, 1] if output.ndim == 2 and output.shape[1] == 2 else output, dtype=np.float64)
+            raise ValueError(f"it gives {output.dtype} labels, not probabilities")
+        output = output[:, 1] if output.ndim == 2 and output.shape[1] == 2 else output
+        if output.shape != (len(rows),) or not np.all((output >= 0) & (output <= 1)):
+            raise ValueError("it does not give one probability from 0 to 1 for each row")
+        return output.astype(np.float64)
 
     return score
 
@@ -375,12 +385,15 @@ class TreeScore:
     """The fast path: category looked up in a dictionary, numbers beside it, trees walked by treelite's GTIL.
 
     For a pipeline of one ColumnTransformer that encodes the category and passes numbers through, and a tree ensemble.
-    Whether it does just that is not read from its parts but seen in what it makes of probes, and checked by `_scorer`.
-    Raises an exception where the pipeline is of another kind.
+    Where each value goes is seen in what the pipeline makes of probes, and checked by `_scorer`. Raises an exception
+    where the pipeline is of another kind.
     """
 
     def __init__(self, pipeline: Any) -> None:
         encoder, self.estimator = pipeline[:-1], pipeline[-1]
+        others = [step for _, step, of in encoder[0].transformers_ if list(of) != [CATEGORY]]
+        if any(step != "passthrough" and getattr(step, "func", step) is not None for step in others):
+            raise ValueError("the numbers are not passed through as they are")
         [categories] = [step.categories_[0] for _, step, of in encoder[0].transformers_ if list(of) == [CATEGORY]]
         rows = [Features(0, str(category), 0, 0, 0, 0) for category in ["\0", *categories]]
         encoded = encoder.transform(frame([Features(1, "\0", 2, 3, 4, 5), *rows]))

@@ -272,6 +272,17 @@ def test_body_is_not_read_past_the_limit(app: TestApp, length: str | None, read:
     assert (statuses, body.read_bytes) == (["413 Content Too Large"], read)
 
 
+def test_truncated_body(app: TestApp) -> None:
+    """Good JSON that is less than was announced is not what the client meant to send."""
+    body = json.dumps(TRANSACTION).encode()
+    environ = create_environ(method="POST", path="/predict", headers={"Content-Type": "application/json"}, body=body)
+    environ["CONTENT_LENGTH"] = "1000"
+    statuses: list[str] = []
+    answer = b"".join(app.app(environ, lambda status, headers: statuses.append(status)))
+    assert statuses == ["400 Bad Request"]
+    assert json.loads(answer)["detail"] == "the body is shorter than its Content-Length"
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "", "application/jsonp", "application/x-www-form-urlencoded"])
 def test_other_content_types(app: TestApp, content_type: str) -> None:
     answer = post(app, "/predict", TRANSACTION, content_type)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from urllib.parse import quote_plus
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_defaults() -> None:
 
 
 def test_every_problem_is_named_at_once() -> None:
-    """One message for all variables at fault, with what was expected; a secret's value is not in it."""
+    """One message for all variables at fault, with what was expected."""
     with pytest.raises(ConfigError) as raised:
         Config.from_environ(
             {"MODEL_URI": "fraud-detector", "PORT": "eighty", "FRAUD_THRESHOLD": "1.5", "LOG_LEVEL": "loud"}
@@ -78,11 +79,29 @@ def test_secrets_are_masked() -> None:
         "aws_secret_access_key": "s3cret-key",
         "aws_session_token": "s3cret-session",
     }
-    read = config(mlflow_tracking_uri="https://user:s3cret-uri@mlflow.example/", **secrets)
+    read = config(mlflow_tracking_uri="https://user:s3cret/uri@mlflow.example/", **secrets)
     assert "s3cret" not in repr(read)
     assert "MLFLOW_TRACKING_URI='https://mlflow.example/'" in repr(read)
     assert read.mask(f"tried {read.mlflow_tracking_uri} with {' '.join(secrets.values())}") == (
         "tried https://mlflow.example/ with *** *** *** *** ***"
+    )
+
+
+@pytest.mark.parametrize("secret", ["pa\\ss'wo\"rd", "e", "tab\t", "https://x"])
+def test_odd_secrets_are_masked(secret: str) -> None:
+    """Whatever is in it, and whatever else it is part of; encoded for a URL as well."""
+    read = config(mlflow_tracking_password=secret, mlflow_tracking_token=f"{secret}-and-more/")
+    assert repr(read).startswith("MLFLOW_TRACKING_URI='http://127.0.0.1:9' MLFLOW_TRACKING_USERNAME=None ")
+    assert "MLFLOW_TRACKING_PASSWORD='***' MLFLOW_TRACKING_TOKEN='***'" in repr(read)
+    assert read.mask(f"[{read.mlflow_tracking_token}] [{quote_plus(read.mlflow_tracking_token)}]") == "[***] [***]"
+
+
+def test_errors_show_no_credentials() -> None:
+    with pytest.raises(ConfigError) as raised:
+        config(mlflow_tracking_uri="postgresql://user:s3cret@db/mlflow")
+    assert str(raised.value) == (
+        "bad configuration: MLFLOW_TRACKING_URI is 'postgresql://db/mlflow', "
+        "expected an http://, https:// or sqlite:/// address"
     )
 
 

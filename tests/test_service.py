@@ -285,10 +285,36 @@ def test_labels_only_model(champion: str) -> None:
             pip_requirements=[],
         )
     status, _, lines = failure(champion, model_uri="models:/labels/1")
-    assert (status, lines) == (
-        1,
-        [(f"cannot serve models:/labels/1 at {champion}: the model gives int64 labels, not probabilities", "")],
+    reason = (
+        "the model does not score known, unknown and extreme transactions: it gives int64 labels, not probabilities"
     )
+    assert (status, lines) == (1, [(f"cannot serve models:/labels/1 at {champion}: {reason}", "")])
+
+
+def test_port_in_use(champion: str) -> None:
+    """A start that fails after the model was fetched leaves nothing in memory either."""
+    memory = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        service = Service(champion, port=str(taken.getsockname()[1]), memory_dir=str(memory))
+        status = service.wait()
+    assert (status, list(memory.iterdir())) == (1, [])
+    service.stop()
+    memory.rmdir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_interrupted_start(silent_server: str, number: signal.Signals) -> None:
+    """A start that waits for its registry ends at once, quietly, and leaves nothing."""
+    memory = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    service = Service(silent_server, memory_dir=str(memory))
+    wait_until(lambda: list(memory.iterdir()), "it has begun to load")
+    service.popen.send_signal(number)
+    assert (service.wait(), list(memory.iterdir())) == (128 + number, []), service.log
+    assert "Traceback" not in service.log
+    service.stop()
+    memory.rmdir()
 
 
 def test_bad_configuration() -> None:
@@ -320,27 +346,28 @@ def test_no_database() -> None:
 # -- in memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_written_to_disk(champion: str, tmp_path: Path) -> None:
+def test_nothing_is_written_to_disk(champion: str, service: Service, tmp_path: Path) -> None:
     """Start, predictions, a bad request, a killed worker: the kernel counts no byte written to storage.
 
     `write_bytes` of /proc/<pid>/io counts what a process and its ended children caused to be written to a block
-    device; tmpfs and sockets are not in it (man 5 proc). A write of this process shows first that the count works here.
+    device; tmpfs and sockets are not in it (man 5 proc). A write of this process shows first that the count works here,
+    and `service` has read all files before, as a file's first access may write its access time.
     """
     before = status_bytes(os.getpid(), "write_bytes")
     (tmp_path / "x").write_bytes(b"x" * 9999)
     counts = status_bytes(os.getpid(), "write_bytes") > before
     if not counts:
         pytest.skip(f"{tmp_path} is on no block device: a write there is not counted")
-    with running(champion, web_concurrency="2") as service:
+    with running(champion, web_concurrency="2") as started:
         for _ in range(20):
-            service.post("/predict", TRANSACTION)
+            started.post("/predict", TRANSACTION)
         with pytest.raises(urllib.error.HTTPError):
-            service.post("/predict", b"{")
-        killed = service.workers()[0]
+            started.post("/predict", b"{")
+        killed = started.workers()[0]
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: len({*service.workers()} - {killed}) == 2, "the worker is replaced")
-        service.post("/predict", TRANSACTION)
-        written = {pid: status_bytes(pid, "write_bytes") for pid in [service.pid, *service.workers()]}
+        wait_until(lambda: len({*started.workers()} - {killed}) == 2, "the worker is replaced")
+        started.post("/predict", TRANSACTION)
+        written = {pid: status_bytes(pid, "write_bytes") for pid in [started.pid, *started.workers()]}
     assert set(written.values()) == {0}
 
 
@@ -408,7 +435,8 @@ def test_requirements_alone_serve(champion: str, model: Model, tmp_path: Path) -
     ]
     subprocess.run([*install, HERE / "requirements.txt"], check=True)
     names = {path.name.lower() for path in (environment / "lib").glob("python3*/site-packages/*")}
-    assert names.isdisjoint({"sqlalchemy", "flask", "matplotlib", "mlflow-3.17.2.dist-info", "pytest", "pyarrow"})
+    assert names.isdisjoint({"sqlalchemy", "flask", "matplotlib", "pytest", "pyarrow"})
+    assert not any(re.match(r"mlflow-\d", name) for name in names)
     for name in ("fraud_api.py", "model.py", "config.py", "gunicorn.conf.py"):
         shutil.copy(HERE / name, tmp_path)
     with running(champion, python=str(environment / "bin/python"), cwd=tmp_path) as service:
