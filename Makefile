@@ -60,7 +60,7 @@ lint: install ## check style and types
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: install ## measure it against its peers (10 minutes, needs wrk) and write the table into README.md
+bench: install ## measure it against its peers (7 minutes, needs wrk) and write the table into README.md
 	@$(WITH_ENV) $(BIN)/python -m bench.bench
 
 .PHONY: lock

@@ -173,17 +173,18 @@ def acquire(config: Config, seconds: float) -> Snapshot:
         _answer(config, folder, seconds, writer)
     os.close(writer)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-        in_time, _, _ = select.select([reader], [], [], max(seconds, 0))
-        return _understand(config, os.read(reader, 2**16) if in_time else None)
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+            in_time, _, _ = select.select([reader], [], [], max(seconds, 0))
+            return _understand(config, os.read(reader, 2**16) if in_time else None)
+        finally:
+            os.close(reader)
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
     except BaseException:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder)  # the child, who writes there, is gone by now
         raise
-    finally:
-        os.close(reader)
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
 
 
 def release(snapshot: Snapshot) -> None:
@@ -335,20 +336,13 @@ def _checked(score: Score, golden: Sequence[Golden], of_labels: bool = False) ->
 
 def _probes(categories: Sequence[str]) -> list[Features]:
     """Rows to compare scorers on: every category and an unknown one, from ordinary to extreme numbers."""
-    random = np.random.default_rng(0)
-    rows = [
-        Features(float(amount), category, float(hour), float(day), float(age), float(balance))
-        for category in [*categories, "\0 unknown"]
-        for amount, hour, day, age, balance in zip(
-            random.lognormal(4, 2, 20),
-            random.integers(0, 24, 20),
-            random.integers(0, 7, 20),
-            random.integers(0, 131, 20),
-            random.normal(0, 20_000, 20),
-            strict=True,
-        )
+    random, many = np.random.default_rng(0), 20
+    amounts, balances = random.lognormal(4, 2, many), random.normal(0, 20_000, many)
+    whole = [random.integers(0, end, many) for end in (24, 7, 131)]
+    numbers = [[0, 0, 0, 0, -1e308], [1e308, 23, 6, 130, 1e308], *np.column_stack([amounts, *whole, balances]).tolist()]
+    return [
+        Features(amount, category, *others) for category in [*categories, "\0 unknown"] for amount, *others in numbers
     ]
-    return [*rows, Features(0, "\0", 0, 0, 0, -1e308), Features(1e308, "\0", 23, 6, 130, 1e308)]
 
 
 def frame(rows: Sequence[Features]) -> pd.DataFrame:
