@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import boto3
@@ -433,7 +434,11 @@ def test_requirements_alone_serve(champion: str, model: Model, tmp_path: Path) -
         "--python",
         environment / "bin/python",
     ]
-    subprocess.run([*install, HERE / "requirements.txt"], check=True)
+    locked = (HERE / "requirements.txt").read_text()
+    if find_spec("gunicorn_h1c") is None:  # no compiler here: `make install` has left out the parser in C as well
+        locked = re.sub(r"^gunicorn-h1c==(.*\\\n)*.*\n", "", locked, flags=re.M)
+    (tmp_path / "requirements.txt").write_text(locked)
+    subprocess.run([*install, tmp_path / "requirements.txt"], check=True)
     names = {path.name.lower() for path in (environment / "lib").glob("python3*/site-packages/*")}
     assert names.isdisjoint({"sqlalchemy", "flask", "matplotlib", "pytest", "pyarrow"})
     assert not any(re.match(r"mlflow-\d", name) for name in names)
