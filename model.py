@@ -238,7 +238,7 @@ def _fetch(config: Config, folder: Path) -> Snapshot:
         number = str(client.get_model_version_by_alias(name, alias).version)
     tags = client.get_model_version(name, number).tags
     path = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{number}", dst_path=str(folder / "model"))
-    return Snapshot(path, name, number, tags.get("release"), without_credentials(mlflow.get_registry_uri()))
+    return Snapshot(path, name, number, tags.get("release"), without_credentials(config.mlflow_tracking_uri))
 
 
 def _new_folder(parent: str) -> Path:
@@ -313,7 +313,8 @@ def _scorer(pyfunc: Any, golden: Sequence[Golden]) -> tuple[str, Score]:
     try:
         trees = TreeScore(estimator)
         rows = [*golden, *_probes([*trees.codes])]
-        gap = max(np.abs(way(rows) - direct(rows)).max() for way in (trees.through_treelite, trees.through_sklearn))
+        expected = direct(rows)
+        gap = max(np.abs(way(rows) - expected).max() for way in (trees.through_treelite, trees.through_sklearn))
         if gap <= TREES_TOLERANCE:
             return "treelite", trees
         log.warning("no fast path: treelite and scikit-learn differ by %.3g", gap)

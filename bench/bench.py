@@ -21,8 +21,8 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import matplotlib as mpl
@@ -32,7 +32,7 @@ import numpy as np
 
 import train
 from config import Config
-from model import Features, TreeScore, acquire
+from model import Features, TreeScore, acquire, release
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,6 +44,7 @@ SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 THIS, FASTAPI, MLFLOW, FLOOR = "fraud-api", "FastAPI + PyFunc", "mlflow models serve", "bare gunicorn"
 TREES = (30, 150, 500)
 BATCH, LINES = 1000, 200_000
+Server = AbstractContextManager[subprocess.Popen[bytes]]
 
 
 def say(text: str) -> None:
@@ -90,7 +91,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: object) -> None:
             return
 
 
-def service(port: int, trees: int) -> object:
+def service(port: int, trees: int) -> Server:
     uri = f"models:/bench-{trees}@champion"
     return server(str(BIN / "gunicorn"), port=port, ready="/health/ready", MODEL_URI=uri, WEB_CONCURRENCY="1")
 
@@ -211,18 +212,18 @@ def processes(folder: Path, port: int) -> dict[str, tuple[float, float]]:
     snapshot = acquire(Config.from_environ(os.environ | {"MODEL_URI": "models:/bench-150@champion"}), 60)
     (folder / "snapshot").write_bytes(msgspec.json.encode(snapshot))
     unshared = [str(BIN / "gunicorn"), "-c", str(HERE / "unshared.conf.py"), "fraud_api:get_app()"]
-    start = lambda: server(*unshared, port=port + 9, ready="/health/ready", SNAPSHOT=str(folder / "snapshot"))  # noqa: E731
+    environ = {"SNAPSHOT": str(folder / "snapshot")}
     figures = {
-        "shared": worker_figures(lambda: service(port + 9, 150), port + 9),
-        "unshared": worker_figures(start, port + 9),
+        "shared": worker_figures(service(port + 9, 150), port + 9),
+        "unshared": worker_figures(server(*unshared, port=port + 9, ready="/health/ready", **environ), port + 9),
     }
-    shutil.rmtree(Path(snapshot.path).parent)
+    release(snapshot)
     return figures
 
 
-def worker_figures(start: Callable[[], object], port: int) -> tuple[float, float]:
+def worker_figures(started_server: Server, port: int) -> tuple[float, float]:
     """Private megabytes of the worker after some requests; seconds from a kill to the next worker's first answer."""
-    with start() as process:
+    with started_server as process:
         master = process.pid
         for _ in range(200):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready").close()

@@ -88,6 +88,11 @@ class Process:
     def log(self) -> str:
         return os.pread(self.output, 2**24, 0).decode()
 
+    def wait_answer(self, url: str) -> None:
+        """Until a GET gives 200; an error at once if the program ends before."""
+        wait_until(lambda: self.popen.poll() is not None or get(url) == 200, f"{url} answers")
+        assert self.popen.poll() is None, self.log
+
     def wait(self, seconds: float = 60) -> int:
         return self.popen.wait(seconds)
 
@@ -112,10 +117,6 @@ class Service(Process):
         self.url = f"http://{environ.get('HOST', '127.0.0.1')}:{self.port}"
         super().__init__(str(Path(python).with_name("gunicorn")), environ=environ, cwd=cwd)
 
-    def wait_ready(self) -> None:
-        wait_until(lambda: self.popen.poll() is not None or get(f"{self.url}/health/ready") == 200, "it is ready")
-        assert self.popen.poll() is None, self.log
-
     def post(self, path: str, body: object) -> dict[str, object]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
@@ -132,7 +133,7 @@ def running(registry: str, **options: str) -> Iterator[Service]:
     """A service that is ready; stopped in the end."""
     service = Service(registry, **options)
     try:
-        service.wait_ready()
+        service.wait_answer(f"{service.url}/health/ready")
         yield service
     finally:
         service.stop()
@@ -149,8 +150,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         cwd=folder,
     )
     url = f"http://127.0.0.1:{port}"
-    wait_until(lambda: server.popen.poll() is not None or get(f"{url}/health") == 200, "the MLflow server answers")
-    assert server.popen.poll() is None, server.log
+    server.wait_answer(f"{url}/health")
     mlflow.set_tracking_uri(url)
     train.use_experiment(NAME, url)
     yield url

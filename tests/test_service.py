@@ -94,7 +94,7 @@ def test_plain_gunicorn_with_the_application_named(champion: str) -> None:
     environ = {"MLFLOW_TRACKING_URI": champion, "PORT": str(port)}
     process = Process(str(Path(sys.executable).with_name("gunicorn")), "fraud_api:get_app()", environ=environ)
     try:
-        wait_until(lambda: get(f"http://127.0.0.1:{port}/health/ready") == 200, "it is ready")
+        process.wait_answer(f"http://127.0.0.1:{port}/health/ready")
     finally:
         assert process.stop() == 0
 
@@ -385,7 +385,7 @@ def test_s3(champion: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(name, value)
     store = Process(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port))
     try:
-        wait_until(lambda: answers(keys["MLFLOW_S3_ENDPOINT_URL"]), "the store answers")
+        wait_until(lambda: get(keys["MLFLOW_S3_ENDPOINT_URL"]), "the store answers")
         boto3.client("s3", endpoint_url=keys["MLFLOW_S3_ENDPOINT_URL"]).create_bucket(
             Bucket="models", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
         )
@@ -404,16 +404,6 @@ def test_s3(champion: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> Non
     assert answer["model_version"] == "v2"
     assert re.search(r"GET /models/root/\S+/model.skops", requests)
     assert "of-the-store" not in log
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 # -- what production installs ------------------------------------------------------------------------------------------
