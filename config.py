@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote_plus
 
 MASK = "***"
+LOOPBACK_ONLY = "a loopback address, unless API_KEYS or ALLOW_ANONYMOUS=true is set"
 
 # What ends a start that has not come to serving yet.
 INTERRUPTS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
@@ -62,6 +63,13 @@ _http = _matching(r"https?://\S+", "an http:// or https:// address")
 _model = _matching(r"models:/[^/@\s]+(@[^/@\s]+|/[1-9][0-9]*)", "models:/<name>@<alias> or models:/<name>/<number>")
 _probability = _matching(r"0?\.[0-9]+|[01](\.0*)?", "a number from 0 to 1, such as 0.35", float)
 _level = _matching("(?i)debug|info|warning|error|critical", "one of debug, info, warning, error, critical", str.lower)
+_sha256 = _matching("[0-9a-fA-F]{64}", "64 hexadecimal digits", str.lower)
+_switch = _matching("(?i)true|false", "true or false", lambda text: text.lower() == "true")
+_keys = _matching(  # what a bearer token is made of: RFC 6750, section 2.1
+    r"[\w.~+/-]+=*( *, *[\w.~+/-]+=*)*",
+    "keys of letters, digits and -._~+/=, separated by commas",
+    lambda text: tuple(re.split(" *, *", text)),
+)
 
 
 def _address(text: str) -> str:
@@ -92,14 +100,23 @@ class Config:
     aws_default_region: str | None = _variable(str)
     model_uri: str = _variable(_model, "models:/fraud-detector@champion")
     model_load_timeout: int = _variable(_whole(1, 3600), "30")
+    model_poll_seconds: int = _variable(_whole(0, 86400), "0")
+    model_sha256: str | None = _variable(_sha256)
+    model_allow_unsafe: bool = _variable(_switch, "false")
     fraud_threshold: float | None = _variable(_probability)
     max_batch_size: int = _variable(_whole(1, 1_000_000), "10000")
     max_body_bytes: int = _variable(_whole(1024, 2**30), "4194304")
     max_line_bytes: int = _variable(_whole(1024, 2**20), "65536")
+    api_keys: tuple[str, ...] | None = _variable(_keys, secret=True)
+    allow_anonymous: bool = _variable(_switch, "false")
     host: str = _variable(_address, "127.0.0.1")
     port: int = _variable(_whole(1, 65535), "8000")
     web_concurrency: int = _variable(_whole(1, 256), "2")
     threads: int = _variable(_whole(1, 64), "4")
+    max_connections: int = _variable(_whole(100, 100_000), "1000")
+    max_wait_ms: int = _variable(_whole(10, 10_000), "1000")
+    drain_seconds: int = _variable(_whole(0, 600), "1")
+    graceful_timeout: int = _variable(_whole(2, 3600), "30")
     log_level: str = _variable(_level, "info")
     memory_dir: str = _variable(_folder, "/dev/shm")
 
@@ -114,11 +131,31 @@ class Config:
             try:
                 values[item.name] = None if text == "" else item.metadata["parse"](text or "")
             except ValueError as expected:
-                found = "is not set" if text is None else f"is {without_credentials(repr(text))}"
+                shown = MASK if item.metadata["secret"] else without_credentials(repr(text))
+                found = "is not set" if text is None else f"is {shown}"
                 problems.append(f"{name} {found}, expected {expected}")
+        if not problems:
+            config = cls(**values)
+            problems = config._contradictions()
         if problems:
             raise ConfigError("bad configuration: " + "; ".join(problems))
-        return cls(**values)
+        return config
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if not self.may_listen_on(self.host):
+            problems.append(f"HOST is {self.host!r}, expected {LOOPBACK_ONLY}")
+        if self.drain_seconds >= self.graceful_timeout:
+            problems.append(f"DRAIN_SECONDS is '{self.drain_seconds}', expected less than GRACEFUL_TIMEOUT")
+        return problems
+
+    def may_listen_on(self, host: str) -> bool:
+        """Without keys only this machine may ask, unless the operator says so."""
+        try:
+            local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = False
+        return bool(self.api_keys) or self.allow_anonymous or local
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
         """Put into `environ` what MLflow, boto3 and the numeric libraries read from it, before they are imported."""
@@ -132,7 +169,8 @@ class Config:
     def mask(self, text: str) -> str:
         """`text` without secrets of this configuration and credentials in addresses: for what libraries say."""
         secrets = [getattr(self, item.name) or "" for item in fields(self) if item.metadata["secret"]]
-        for secret in sorted({*secrets, *map(quote_plus, secrets)} - {""}, key=len, reverse=True):
+        each = {secret for value in secrets for secret in ([value] if isinstance(value, str) else value)} - {""}
+        for secret in sorted({*each, *map(quote_plus, each)}, key=len, reverse=True):
             text = text.replace(secret, MASK)
         return without_credentials(text)
 

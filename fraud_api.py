@@ -1,15 +1,19 @@
 """The HTTP service: bytes → `Transaction` → probability → `Prediction` → bytes."""
 
 import errno
+import hmac
+import json
 import logging
 import re
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from hashlib import sha256
+from typing import Any, TypeVar, get_type_hints
 
 import falcon
 import msgspec
@@ -25,16 +29,19 @@ Body = TypeVar("Body")
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
+PROBLEM = "application/problem+json"
 
 # A stream is read in pieces that grow from the first size, so that the first answers come at once, to the last, about
 # 6,000 rows: scikit-learn's overhead of 1.5 ms a call is then 0.25 µs a row, the memory of a stream some 5 MB.
 FIRST_READ, LAST_READ = 2**10, 2**20
 
-# What a body can do to the decoder: break JSON, break UTF-8, nest without end.
-MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+# What a body can do to a decoder: break JSON, break UTF-8, nest without end.
+MALFORMED = (msgspec.DecodeError, ValueError, RecursionError)
 
-# The snapshot that this process and the workers forked from it serve; `gunicorn.conf.py` sets it in the master.
+# What `gunicorn.conf.py` sets in the master, for the workers forked from it: the snapshot to serve, and a byte in
+# shared memory that says whether the service is stopping.
 snapshot: Snapshot | None = None
+stopping: Sequence[int] = b"\0"
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
@@ -88,22 +95,29 @@ class InvalidBody(falcon.HTTPError):
         self.field = field
 
 
+# A transaction with all its fields, each once and no other, has so many quotation marks; any other has more.
+QUOTES = 2 * sum(1 if kind is float else 2 for kind in get_type_hints(Transaction).values())
+
 encode = msgspec.json.encode
 encode_lines = msgspec.json.Encoder().encode_lines
 decode_transaction = msgspec.json.Decoder(Transaction).decode
 decode_batch = msgspec.json.Decoder(Batch).decode
+decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 # field: the rule in words, from the schema
 _schema = msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"]
 RULES = {"transactions": "a list of transactions"} | {name: rule["description"] for name, rule in _schema.items()}
 
 
-def create_app(config: Config, model: Model) -> App:
-    """The WSGI application that serves `model`. It reads nothing but its arguments."""
-    app = falcon.App(media_type=JSON)
+def create_app(config: Config, model: Model, stopping: Sequence[int] = b"\0") -> App:
+    """The WSGI application that serves `model`. It reads nothing but its arguments.
+
+    It is not ready any longer when `stopping[0]` is true.
+    """
+    app = falcon.App(media_type=JSON, middleware=[Authorization(config.api_keys)] if config.api_keys else None)
     app.add_route("/predict", Predict(config, model))
     app.add_route("/predict/batch", PredictBatch(config, model))
-    health = Health(model)
+    health = Health(model, stopping)
     app.add_route("/health", health)
     app.add_route("/health/live", health, suffix="live")
     app.add_route("/health/ready", health, suffix="ready")
@@ -118,7 +132,27 @@ def get_app() -> App:
     if snapshot is None:
         raise RuntimeError("start with gunicorn and gunicorn.conf.py, without --preload")
     config = Config.from_environ()
-    return create_app(config, load(snapshot, config))
+    return create_app(config, load(snapshot, config), stopping)
+
+
+class Authorization:
+    """`/predict*` takes an API key as a bearer token (RFC 6750)."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.digests = [sha256(key.encode()).digest() for key in keys]
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        if req.path.startswith("/predict") and not self.known(req.auth or ""):
+            error = ', error="invalid_token"' if req.auth else ""
+            challenge = f'Bearer realm="fraud-api"{error}'
+            raise falcon.HTTPUnauthorized(description="expected an API key as bearer token", challenges=[challenge])
+
+    def known(self, auth: str) -> bool:
+        """Compare with every key, in a time that says nothing about any."""
+        scheme, _, token = auth.partition(" ")
+        given = sha256(token.strip().encode()).digest()
+        matches = [hmac.compare_digest(given, digest) for digest in self.digests]
+        return any(matches) and scheme.lower() == "bearer"
 
 
 class Predict:
@@ -128,7 +162,8 @@ class Predict:
         self.max_bytes, self.model = config.max_body_bytes, model
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        transaction = decode(decode_transaction, read_json(req, self.max_bytes))
+        body = read_json(req, self.max_bytes)
+        transaction = decode(decode_transaction, body)
         resp.data = encode(predict(self.model, [transaction])[0])
 
 
@@ -153,8 +188,8 @@ class PredictBatch:
 class Health:
     """`GET /health`: what is served. `/health/live` touches nothing; `/health/ready` scores a row."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.started = model, time.monotonic()
+    def __init__(self, model: Model, stopping: Sequence[int]) -> None:
+        self.model, self.stopping, self.started = model, stopping, time.monotonic()
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         uptime = round(time.monotonic() - self.started, 3)
@@ -164,6 +199,8 @@ class Health:
         resp.data = encode({"status": "ok"})
 
     def on_get_ready(self, req: falcon.Request, resp: falcon.Response) -> None:
+        if self.stopping[0]:
+            raise falcon.HTTPServiceUnavailable(description="the service is stopping")
         try:
             self.model.score(self.model.golden[:1])
         except Exception:
@@ -218,6 +255,11 @@ def read(stream: Any, size: int) -> bytes:
 
 
 def media_type(req: falcon.Request) -> str:
+    """The media type of the body, which must be sent as it is (RFC 9110, sections 8.3 and 8.4)."""
+    if req.env.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
+        raise falcon.HTTPUnsupportedMediaType(
+            description="expected a body that is not compressed", headers={"Accept-Encoding": "identity"}
+        )
     return (req.content_type or "").partition(";")[0].strip().lower()
 
 
@@ -234,19 +276,38 @@ def read_json(req: falcon.Request, max_bytes: int) -> bytes:
     raise falcon.HTTPContentTooLarge(description=f"more than {max_bytes} bytes")
 
 
-def decode(decoder: Callable[[bytes], Body], body: bytes) -> Body:
+def decode(decoder: Callable[[Any], Body], body: bytes | msgspec.Raw) -> Body:
     """Decode a whole body, or raise `InvalidBody`."""
     try:
-        return decoder(body)
+        decoded = decoder(body)
+        each_once(body)
+        return decoded
     except MALFORMED as error:
         raise invalid(error, body) from None
+
+
+def each_once(body: bytes | msgspec.Raw) -> None:
+    """Refuse an object that has a field twice, of which another reader may take the other (RFC 8259, section 4).
+
+    The decoder takes the last one. What it took has fewer quotation marks than what was sent.
+    """
+    found = bytes(body).count(b'"')
+    if found == QUOTES:
+        return
+    fields = decode_fields(body)
+    if found != 2 * len(fields) + sum(bytes(value).count(b'"') for value in fields.values()):
+        pairs = json.loads(bytes(body), object_pairs_hook=list)
+        [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
+        if count > 1:  # else a name has a quotation mark in it
+            field = name if name in RULES else UNSET
+            raise InvalidBody(422, f"{field or 'a field'}: given more than once", field)
 
 
 def decode_rows(
     rows: Sequence[bytes | msgspec.Raw], first: int = 0, longest: int = sys.maxsize
 ) -> Sequence[Transaction | Problem]:
     """The rows of a batch, numbered from `first`, each decoded or said what is wrong with it."""
-    if max(map(len, rows), default=0) <= longest:
+    if max(map(len, rows), default=0) <= longest and b"".join(rows).count(b'"') == QUOTES * len(rows):
         with suppress(*MALFORMED):
             return list(map(decode_transaction, rows))
     return [decode_row(row, index, longest) for index, row in enumerate(rows, first)]
@@ -257,9 +318,9 @@ def decode_row(row: bytes | msgspec.Raw, index: int, longest: int) -> Transactio
     try:
         if len(row) > longest:
             return problem(falcon.HTTPContentTooLarge(description=f"more than {longest} bytes"), index=index)
-        return decode_transaction(row)
-    except MALFORMED as error:
-        return problem(invalid(error, row), index=index, transaction_id=readable_id(row))
+        return decode(decode_transaction, row)
+    except InvalidBody as error:
+        return problem(error, index=index, transaction_id=readable_id(row))
 
 
 def readable_id(row: bytes | msgspec.Raw) -> str | UnsetType:
@@ -295,7 +356,7 @@ def send(resp: falcon.Response, error: falcon.HTTPError, **more: Any) -> None:
     """Answer with a problem (RFC 9457)."""
     resp.status = error.status
     resp.set_headers(error.headers or {})
-    resp.content_type = "application/problem+json"
+    resp.content_type = PROBLEM
     resp.data = encode(problem(error, **more))
 
 

@@ -1,34 +1,308 @@
 """How gunicorn runs the service: one model version fetched in the master, loaded by each worker after the fork.
 
-gunicorn finds this file by itself in the folder it is started in.
+gunicorn finds this file by itself in the folder it is started in. Three things are done otherwise than it does them:
+the master replaces workers one by one once a new version is proven (`Supervisor`), a worker that cannot start ends
+the service only at its start, and slow clients take nobody else's place (`Worker`).
 https://gunicorn.org/reference/settings/
 """
 
 import atexit
 import gc
+import math
+import mmap
 import os
+import re
+import shutil
 import signal
+import socket
+import struct
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 
 sys.dont_write_bytecode = True  # the service writes no file to any disk
 
-from config import INTERRUPTS, prepare
+from config import INTERRUPTS, LOOPBACK_ONLY, prepare
 
 started = time.monotonic()
-if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not again at a reload: gunicorn has its own by then
-    for number in INTERRUPTS:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+for number in INTERRUPTS:  # until gunicorn has its own
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
 settings = prepare("fraud-api")
 
+import falcon
+from gunicorn import util
+from gunicorn.http.errors import ParseException
+from gunicorn.workers.gthread import ThreadWorker
+
 import fraud_api  # imports the numeric libraries, which read the environment that `prepare` made
-from model import ModelError, acquire, release
+from model import Acquisition, ModelError, acquire, new_folder
+
+SLOW_THREADS = 256
+SLOW_SECONDS = 10  # so long a client may move less than
+SLOW_RATE = 100  # bytes a second, both ways taken together
+LENGTH = re.compile(rb"(?i)\r\n(?:content-length|transfer-encoding):[ \t]*(\d{0,9})")
+
+serving = mmap.mmap(-1, 1)  # shared by all processes: whether any worker has ever been ready
+fraud_api.stopping = mmap.mmap(-1, 1)
+
+
+class Overloaded(ParseException):
+    """A request has waited too long for a thread."""
+
+
+class Worker(ThreadWorker):
+    """gunicorn's threaded worker, in which whoever is slow waits apart and not for ever.
+
+    A request that has come wholly is answered by one of a few threads; more would only contend. One still to come, in
+    part, takes a thread of a large pool, where it waits for its client, as does a closing connection. A connection that
+    moves next to nothing for a while is cut, sooner where there is no place for others.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)  # in the master, before the fork
+        self.snapshot, self.born, self.leaving = fraud_api.snapshot, time.monotonic(), False
+        self.ready = mmap.mmap(-1, 1)
+        self.max_keepalived = self.worker_connections // 2
+        self.active = {}  # connection: since when it has been looked at, and the bytes that it had moved by then
+        self.looked = time.monotonic()
+
+    def init_process(self):
+        self.slow_pool = ThreadPoolExecutor(SLOW_THREADS)
+        super().init_process()
+
+    def load_wsgi(self):
+        """Fail-fast belongs to the start: gunicorn would stop the healthy workers with one that cannot load."""
+        try:
+            super().load_wsgi()
+        except Exception:
+            if not serving[0]:
+                raise
+            self.log.exception("a worker cannot load its model")
+            time.sleep(1)
+            sys.exit(1)
+
+    def enqueue_req(self, conn):
+        conn.queued = time.monotonic()
+        self.active[conn] = conn.queued, 0
+        pool = self.tpool if has_come(conn.sock) else self.slow_pool
+        done = pool.submit(self.handle, conn)
+        done.add_done_callback(lambda done: self.method_queue.defer(self.finish_request, conn, done))
+
+    def handle(self, conn):
+        conn.waited = time.monotonic() - conn.queued
+        return super().handle(conn)
+
+    def handle_request(self, req, conn):
+        if conn.waited * 1000 > settings.max_wait_ms and not req.path.startswith("/health"):
+            raise Overloaded
+        return super().handle_request(req, conn)
+
+    def handle_error(self, req, client, addr, exc):
+        """What is no HTTP or comes too late gets a problem, and no echo of what was sent."""
+        if not isinstance(exc, ParseException):
+            super().handle_error(req, client, addr, exc)
+            return
+        late = isinstance(exc, Overloaded)
+        self.log.warning("overloaded" if late else "refused what is no valid HTTP: %s", type(exc).__name__)
+        error = falcon.HTTPServiceUnavailable(retry_after=1) if late else falcon.HTTPBadRequest()
+        body = fraud_api.encode(fraud_api.problem(error))
+        fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
+        lines = [f"{name}: {value}" for name, value in (fields | dict(error.headers or {})).items()]
+        util.write_nonblock(client, "\r\n".join([f"HTTP/1.1 {error.status}", *lines, "", ""]).encode() + body)
+
+    def _keepalive_after(self, conn, keepalive):
+        try:
+            return super()._keepalive_after(conn, keepalive)
+        except OSError:  # the rest of a body that was refused is broken too
+            return False
+
+    def finish_request(self, conn, done):
+        del self.active[conn]
+        if self.alive and done.result():
+            super().finish_request(conn, done)
+        else:  # closing waits for the client to do the same, up to 2 s, for which gunicorn would stop all others
+            closed = self.slow_pool.submit(conn.close, graceful=True)
+            closed.add_done_callback(lambda _: self.method_queue.defer(self.forget_connection))
+
+    def forget_connection(self):
+        self.nr_conns -= 1
+
+    def notify(self):
+        """gunicorn calls this from the main loop."""
+        super().notify()
+        now = time.monotonic()
+        if now - self.looked >= 1:
+            self.looked = now
+            self.make_room(now)
+
+    def make_room(self, now):
+        full = self.nr_conns >= self.worker_connections
+        for conn, (since, moved) in list(self.active.items()):
+            if now - since >= (1 if full else SLOW_SECONDS):
+                total = bytes_moved(conn.sock)
+                if total - moved < SLOW_RATE * (now - since):
+                    cut(conn.sock)
+                self.active[conn] = now, total
+        if full:
+            for conn in (*islice(self.keepalived_conns, 100), *islice(self.pending_conns, 100)):
+                conn.timeout = now
+
+    def set_accept_enabled(self, enabled):
+        super().set_accept_enabled(enabled)
+        if not (enabled or self.alive):  # the end: nobody new, and nobody idle
+            for listener in self.sockets:
+                listener.close()
+            self.wait_for_and_dispatch_events(0)
+            for conn in (*self.keepalived_conns, *self.pending_conns):
+                conn.timeout = 0
+            self.murder_keepalived()
+            self.murder_pending()
+
+    def run(self):
+        super().run()
+        for conn in self.active:  # out of time; a thread that waits for a client would hold up the exit
+            cut(conn.sock)
+
+
+def has_come(connection):
+    """Whether a whole request waits there, without taking it. A long or chunked one counts as still to come."""
+    try:
+        head, end, body = connection.recv(8192, socket.MSG_PEEK | socket.MSG_DONTWAIT).partition(b"\r\n\r\n")
+    except (OSError, ValueError):  # nothing yet; TLS
+        return False
+    length = LENGTH.search(head)
+    return bool(end) and (length is None or len(body) >= int(length[1] or 2**30))
+
+
+def bytes_moved(connection):
+    """Bytes of a TCP connection that came and that the client has acknowledged (tcp(7), linux/tcp.h)."""
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+        return sum(struct.unpack_from("QQ", info, 120))
+    except (OSError, struct.error):  # no TCP, or a kernel that does not count
+        return math.inf
+
+
+def cut(connection):
+    """End a connection under whoever waits on it."""
+    with suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class Supervisor:
+    """What the master does beside gunicorn's own: all workers on one version, and on the next once it is proven."""
+
+    def __init__(self, server, folder):
+        self.server, self.log, self.folder = server, server.log, folder
+        self.settled = fraud_api.snapshot  # what all workers serve; while they are replaced, what they served before
+        self.search, self.complaint, self.refused = None, "", None
+        self.next_look = self.after_poll()
+        server.manage_workers, server.handle_hup, server.handle_term = self.manage_workers, self.look_now, self.drain
+
+    def after_poll(self):
+        return time.monotonic() + settings.model_poll_seconds if settings.model_poll_seconds else math.inf
+
+    def manage_workers(self):
+        """gunicorn calls this after every signal, and once a second."""
+        self.look()
+        self.replace()
+        self.settle()
+
+    def look_now(self):
+        """SIGHUP"""
+        self.next_look, self.complaint, self.refused = 0, "", None
+
+    def look(self):
+        """Ask the registry, in a child process, for the version to serve."""
+        if self.search and self.search.ready():
+            self.take()
+        if not self.search and time.monotonic() >= self.next_look and fraud_api.snapshot is self.settled:
+            self.next_look = self.after_poll()
+            self.search = Acquisition(settings, self.folder, settings.model_load_timeout, self.settled, self.refused)
+
+    def take(self):
+        """What the search has found, or why not: once, however often it is polled."""
+        search, self.search = self.search, None
+        try:
+            found = search.result()
+        except ModelError as error:
+            if str(error) != self.complaint:
+                self.log.error("still serving %s, not %s", self.settled.version, error)
+            self.complaint = str(error)
+        else:
+            if found != self.settled:
+                announce(self.log, "proven, replacing workers for", found)
+                fraud_api.snapshot = found
+            self.complaint = ""
+        finally:
+            search.end()
+            self.tidy()
+
+    def replace(self):
+        """Start a worker that is missing or to take over; when it is ready, let the oldest of the others go."""
+        now, live = time.monotonic(), [worker for worker in self.server.WORKERS.values() if not worker.leaving]
+        booting = [worker for worker in live if not worker.ready[0]]
+        stale = [worker for worker in live if worker.snapshot is not fraud_api.snapshot]
+        excess = len(live) - self.server.num_workers
+        for worker in booting:
+            if now - worker.born > settings.model_load_timeout:
+                self.server.kill_worker(worker.pid, signal.SIGKILL)
+        if excess < 0 or (excess == 0 and stale and not booting):
+            for _ in range(max(-excess, 1)):
+                self.server.spawn_worker()
+        elif excess > 0 and not booting:
+            worker = min(stale or live, key=lambda worker: worker.age)
+            worker.leaving = True
+            self.server.kill_worker(worker.pid, signal.SIGTERM)
+
+    def settle(self):
+        workers = self.server.WORKERS.values()
+        if fraud_api.snapshot is not self.settled and all(
+            worker.snapshot is fraud_api.snapshot and worker.ready[0] for worker in workers
+        ):
+            self.settled = fraud_api.snapshot
+            announce(self.log, "serving", self.settled)
+            self.tidy()
+
+    def lost(self, worker):
+        """A worker has ended. If it was to load a new version and did not come to it, that version is no good."""
+        if not worker.ready[0] and worker.snapshot is fraud_api.snapshot is not self.settled:
+            self.log.error("still serving %s, not %s: no worker for it", self.settled.version, worker.snapshot.version)
+            self.refused, fraud_api.snapshot = fraud_api.snapshot.number, self.settled
+            self.tidy()
+
+    def tidy(self):
+        """Only the versions in use stay in memory."""
+        used = [Path(snapshot.path) for snapshot in (fraud_api.snapshot, self.settled)]
+        for folder in self.folder.iterdir():
+            if not any(path.is_relative_to(folder) for path in used):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def drain(self):
+        """SIGTERM: not ready any longer, then no new connections, then the end."""
+        fraud_api.stopping[0] = 1
+        time.sleep(settings.drain_seconds)
+        raise StopIteration
+
+
+def announce(log, what, snapshot):
+    log.info("%s %s %s, SHA-256 %s", what, snapshot.name, snapshot.version, snapshot.sha256)
+    if snapshot.unsafe:
+        log.warning("MODEL_ALLOW_UNSAFE: this model may run code of its own: %s", "; ".join(snapshot.unsafe))
+
 
 wsgi_app = "fraud_api:get_app()"
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
 threads = settings.threads  # 4: at 16 connections 8 % less requests/s than 8 threads, and half the p99 (12 for 23 ms)
-worker_class = "gthread"
+worker_class = Worker
+worker_connections = settings.max_connections
+keepalive = 75  # longer than what stands in front keeps its connections, or it sends on one just closed
+graceful_timeout = max(settings.graceful_timeout - settings.drain_seconds - 1, 1)  # 1 for what comes before and after
+timeout = graceful_timeout + 10  # without a sign of life; a worker that finishes its requests gives none
 loglevel = settings.log_level
 worker_tmp_dir = settings.memory_dir
 control_socket_disable = True  # it would make a file under $HOME
@@ -37,26 +311,36 @@ control_socket_disable = True  # it would make a file under $HOME
 def on_starting(server):
     """Before the first worker: log the configuration, fetch the model, or end with one line."""
     server.log.info("%r", settings)
+    for address in server.cfg.address:
+        if isinstance(address, tuple) and not settings.may_listen_on(address[0]):  # gunicorn --bind
+            server.log.critical("cannot listen on %s: expected %s", address[0], LOOPBACK_ONLY)
+            sys.exit(1)
     try:
-        fraud_api.snapshot = acquire(settings, settings.model_load_timeout - (time.monotonic() - started))
+        folder = new_folder(settings.memory_dir)
+        atexit.register(clean_up, os.getpid(), server, folder)
+        fraud_api.snapshot = acquire(settings, folder, settings.model_load_timeout - (time.monotonic() - started))
     except ModelError as error:
         server.log.critical("cannot serve %s", error)
         sys.exit(1)
-    atexit.register(clean_up, os.getpid())
-    server.log.info("serving %s %s", fraud_api.snapshot.name, fraud_api.snapshot.version)
+    announce(server.log, "serving", fraud_api.snapshot)
+    server.supervisor = Supervisor(server, folder)
     gc.collect()
     gc.freeze()  # what is imported stays out of the collector's way, in memory shared with the workers
 
 
-def clean_up(master):
+def clean_up(master, server, folder):
     """However the master ends; the workers inherit this with the fork and are not to do it."""
     if os.getpid() == master:
-        release(fraud_api.snapshot)
+        if hasattr(server, "supervisor") and server.supervisor.search:
+            server.supervisor.search.end()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def post_fork(server, worker):
-    """First thing in a worker."""
-    worker.forked = time.monotonic()
+def when_ready(server):
+    """Let the kernel keep connections until something comes on them, so that a silent one takes no place."""
+    for listener in server.LISTENERS:
+        if listener.sock.family in (socket.AF_INET, socket.AF_INET6):
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SLOW_SECONDS)
 
 
 def post_worker_init(worker):
@@ -64,4 +348,11 @@ def post_worker_init(worker):
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000)  # 700, the default, looks in vain after every few requests: 3 % of a stream's time
-    worker.log.info("Worker ready %.2f s after the fork", time.monotonic() - worker.forked)
+    worker.log.info("Worker ready %.2f s after the fork", time.monotonic() - worker.born)
+    serving[0] = worker.ready[0] = 1
+    os.kill(worker.ppid, signal.SIGCHLD)  # wakes the master
+
+
+def child_exit(server, worker):
+    """When the master has noticed that a worker is gone."""
+    server.supervisor.lost(worker)

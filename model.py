@@ -1,17 +1,19 @@
 """The model: from the MLflow Model Registry into memory, and from transactions to probabilities of fraud.
 
-`acquire` runs in the master before it forks: it puts one version's files into memory (tmpfs). `load` runs in each
-worker after the fork: it makes a `Model` of them, or refuses. Both raise `ModelError`, one sentence for the operator.
+An `Acquisition`, begun by the master, puts one version's files into memory (tmpfs) and proves them. `load` runs in
+each worker after the fork: it makes a `Model` of them, or refuses. Both raise `ModelError`, for the operator to read.
 """
 
 import ctypes
 import fcntl
+import hashlib
 import logging
 import os
 import select
 import shutil
 import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,6 +33,7 @@ import pandas as pd
 import skops.io  # noqa: F401  (MLflow imports it when it loads a model: here, the workers share it)
 import treelite.sklearn
 from mlflow import MlflowClient
+from mlflow.models import Model as MLmodel
 from msgspec import Meta
 from treelite.libpath import find_lib_path
 
@@ -42,6 +45,16 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 Score = Callable[[Sequence["Features"]], Floats]
 
 FLAVOR = "mlflow.sklearn"
+# What skops may make beside what it trusts by itself: parts of scikit-learn models, which run nothing of the artifact.
+TRUSTED_TYPES = {
+    "functools.partial",
+    "sklearn.calibration._CalibratedClassifier",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+    "sklearn.tree._tree.Tree",
+    "sklearn.utils.validation.check_array",
+}
+# What MLflow adds to a version's files when it is downloaded.
+ADDED_FILES = {"registered_model_meta"}
 GOLDEN_TOLERANCE = 1e-6
 TREES_TOLERANCE = 1e-9
 # Numbers are cut here before forests, which compute in float32 and refuse what does not fit, see them.
@@ -54,7 +67,11 @@ TREELITE_ROWS = 200
 
 
 class ModelError(Exception):
-    """The model cannot be served; the message is one sentence that says why."""
+    """The model cannot be served; the message is one sentence that says why. `number` is the version's, if known."""
+
+    def __init__(self, message: str, number: str | None = None) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class Features(msgspec.Struct, frozen=True, gc=False):
@@ -114,7 +131,7 @@ class Metadata(msgspec.Struct, frozen=True):
     golden: Annotated[list[Golden], Meta(min_length=1)]
 
 
-class Snapshot(msgspec.Struct, frozen=True):
+class Snapshot(msgspec.Struct, frozen=True, tag=True):
     """One version of the model, its files in a folder in memory."""
 
     path: str
@@ -122,11 +139,20 @@ class Snapshot(msgspec.Struct, frozen=True):
     number: str
     release: str | None
     registry_uri: str
+    sha256: str
+    unsafe: list[str]  # what in it may run code of its own; empty unless MODEL_ALLOW_UNSAFE
 
     @property
     def version(self) -> str:
         """What predictions are signed with: the `release` tag, else `v` and the registry's number."""
         return self.release or f"v{self.number}"
+
+
+class Refusal(msgspec.Struct, frozen=True, tag=True):
+    """What a child process says that has no snapshot to give."""
+
+    reason: str
+    number: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +173,8 @@ class Model:
             "model_version": self.snapshot.version,
             "registry_version": self.snapshot.number,
             "registry_uri": self.snapshot.registry_uri,
+            "sha256": self.snapshot.sha256,
+            "unsafe": self.snapshot.unsafe,
             "threshold": self.threshold,
             "scorer": self.scorer,
             "loaded_at": self.loaded_at,
@@ -156,76 +184,99 @@ class Model:
 # -- registry → memory, in the master ----------------------------------------------------------------------------------
 
 
-def acquire(config: Config, seconds: float) -> Snapshot:
-    """Fetch the version that MODEL_URI names and prove that it loads, within `seconds`.
+class Acquisition:
+    """A child process that finds the version that MODEL_URI names, fetches it and proves that it loads, in `seconds`.
 
-    The work is done in a child process: this one opens no connection and starts no thread before it forks its workers,
-    and whatever hangs (a name server, a socket, C code) is killed.
+    The master itself opens no connection and starts no thread, for it is to fork; and whatever hangs (a name server, a
+    socket, C code) is killed. If the version is `served` already, or its number is `refused`, that is all it does.
     """
-    try:
-        folder = _new_folder(config.memory_dir)
-    except OSError as error:
-        raise ModelError(f"no folder for it in MEMORY_DIR: {error}") from error
-    reader, writer = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # an exception raised amid the fork would be lost
-    child = os.fork()
-    if not child:
-        _answer(config, folder, seconds, writer)
-    os.close(writer)
-    try:
+
+    def __init__(
+        self, config: Config, folder: Path, seconds: float, served: Snapshot | None = None, refused: str | None = None
+    ) -> None:
+        self.config, self.deadline = config, time.monotonic() + seconds
+        self.reader, writer = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # an exception raised amid the fork would be lost
+        self.child = os.fork()
+        if not self.child:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 1)  # should the master be gone
+            _answer(config, folder / str(time.monotonic_ns()), served, refused, writer)
+        os.close(writer)
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-            in_time, _, _ = select.select([reader], [], [], max(seconds, 0))
-            return _understand(config, os.read(reader, 2**16) if in_time else None)
-        finally:
-            os.close(reader)
-            with suppress(ProcessLookupError, ChildProcessError):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-    except BaseException:
-        shutil.rmtree(folder)  # the child, who writes there, is gone by now
-        raise
+        except BaseException:
+            self.end()
+            raise
+
+    def ready(self) -> bool:
+        """Whether `result` has not to wait."""
+        return bool(select.select([self.reader], [], [], 0)[0]) or time.monotonic() >= self.deadline
+
+    def result(self) -> Snapshot:
+        """What it found, as soon as it has. Raises `ModelError`."""
+        remaining = max(self.deadline - time.monotonic(), 0)
+        answered, _, _ = select.select([self.reader], [], [], remaining)
+        return _understand(self.config, os.read(self.reader, 2**16) if answered else None)
+
+    def end(self) -> None:
+        """Leave nothing of it running. To be called once."""
+        os.close(self.reader)
+        with suppress(ChildProcessError):  # gunicorn has waited for it
+            if not os.waitpid(self.child, os.WNOHANG)[0]:
+                os.kill(self.child, signal.SIGKILL)
+                os.waitpid(self.child, 0)
 
 
-def release(snapshot: Snapshot) -> None:
-    """Remove the snapshot's files."""
-    shutil.rmtree(Path(snapshot.path).parent, ignore_errors=True)
+def acquire(config: Config, folder: Path, seconds: float) -> Snapshot:
+    """Fetch the version that MODEL_URI names into `folder` and prove it. Raises `ModelError`."""
+    acquisition = Acquisition(config, folder, seconds)
+    try:
+        return acquisition.result()
+    finally:
+        acquisition.end()
 
 
-def _answer(config: Config, folder: Path, seconds: float, writer: int) -> NoReturn:
-    """The child's life: a snapshot or a sentence, as JSON into the pipe. It never returns to the master's code."""
+def _answer(config: Config, folder: Path, served: Snapshot | None, refused: str | None, writer: int) -> NoReturn:
+    """The child's life: a snapshot or a refusal, as JSON into the pipe. It never returns to the master's code."""
     try:
         for number in (*INTERRUPTS, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 1)  # should the master be gone
-        answer: Snapshot | str
-        try:
-            answer = _fetch(config, folder)
-            load(answer, config)
-        except BaseException as error:
-            log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
-            reason = str(error).partition("\n")[0] or repr(error)
-            answer = config.mask(reason)[:1000].encode(errors="replace").decode()
-        os.write(writer, msgspec.json.encode(answer))
+        os.write(writer, msgspec.json.encode(_find(config, folder, served, refused)))
     finally:
         os._exit(0)
 
 
+def _find(config: Config, folder: Path, served: Snapshot | None, refused: str | None) -> Snapshot | Refusal:
+    version = None
+    try:
+        name, version, release = _resolve(config)
+        if served and ((name, version, release) == (served.name, served.number, served.release) or version == refused):
+            return served
+        snapshot = _fetch(config, folder, name, version, release)
+        load(snapshot, config)
+        return snapshot
+    except BaseException as error:
+        log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
+        reason = config.mask(str(error).partition("\n")[0] or repr(error))
+        return Refusal(reason[:1000].encode(errors="replace").decode(), version)
+
+
 def _understand(config: Config, answer: bytes | None) -> Snapshot:
     if answer is None:
-        reason: Snapshot | str = f"not loaded within {config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
+        found: Snapshot | Refusal = Refusal(f"not loaded within {config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)")
     elif not answer:
-        reason = "the process that loads it died"
+        found = Refusal("the process that loads it died")
     else:
-        reason = msgspec.json.decode(answer, type=Snapshot | str)
-    if isinstance(reason, Snapshot):
-        return reason
-    raise ModelError(f"{config.model_uri} at {without_credentials(config.mlflow_tracking_uri)}: {reason}")
+        found = msgspec.json.decode(answer, type=Snapshot | Refusal)
+    if isinstance(found, Snapshot):
+        return found
+    place = without_credentials(config.mlflow_tracking_uri)
+    raise ModelError(f"{config.model_uri} at {place}: {found.reason}", found.number)
 
 
-def _fetch(config: Config, folder: Path) -> Snapshot:
-    """Resolve MODEL_URI to one version and download its files."""
+def _resolve(config: Config) -> tuple[str, str, str | None]:
+    """The one version that MODEL_URI names now: name, number, `release` tag."""
     scheme, _, database = config.mlflow_tracking_uri.partition(":///")
     if scheme == "sqlite" and not (Path(database).exists() and Path(database).stat().st_size):  # MLflow would make one
         raise ModelError("there is no such database; `make model` trains and registers a first model")
@@ -236,13 +287,58 @@ def _fetch(config: Config, folder: Path) -> Snapshot:
     if not number:
         name, _, alias = name.partition("@")
         number = str(client.get_model_version_by_alias(name, alias).version)
-    tags = client.get_model_version(name, number).tags
-    path = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{number}", dst_path=str(folder / "model"))
-    return Snapshot(path, name, number, tags.get("release"), without_credentials(config.mlflow_tracking_uri))
+    return name, number, client.get_model_version(name, number).tags.get("release")
 
 
-def _new_folder(parent: str) -> Path:
-    """A new folder in memory, locked for as long as this process or a child of it lives.
+def _fetch(config: Config, folder: Path, name: str, number: str, release: str | None) -> Snapshot:
+    """Download a version's files and decide whether they are to be trusted."""
+    folder.mkdir()
+    path = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{number}", dst_path=str(folder))
+    sha256, unsafe = _digest(Path(path)), _unsafe(path)
+    if config.model_sha256 not in (None, sha256):
+        raise ModelError(f"the SHA-256 of version {number} is {sha256}, expected {config.model_sha256} (MODEL_SHA256)")
+    if unsafe and not config.model_allow_unsafe:
+        raise ModelError(f"version {number} is not safe to load: {'; '.join(unsafe)} (MODEL_ALLOW_UNSAFE)")
+    return Snapshot(path, name, number, release, without_credentials(config.mlflow_tracking_uri), sha256, unsafe)
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the files of a version, as `sha256sum` prints it of each, sorted by name."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    lines = [
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in names
+        if name not in ADDED_FILES
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _unsafe(path: str) -> list[str]:
+    """What in a version could run code that came with it. A scikit-learn model in skops' format that has none: [].
+
+    MLflow runs what the `MLmodel` file names, and gives skops the list of types to trust that stands there: whoever
+    wrote the artifact wrote both. Here only what is known is let through.
+    """
+    flavors = MLmodel.load(path).flavors
+    pyfunc, sklearn = flavors.get("python_function", {}), flavors.get("sklearn", {})
+    file = str(pyfunc.get("model_path"))
+    rules = [
+        ("loader_module", pyfunc.get("loader_module"), FLAVOR),
+        ("serialization_format", sklearn.get("serialization_format"), "skops"),
+        ("model_path", file, Path(file).name),
+        ("code_paths", pyfunc.get("code") or sklearn.get("code"), None),
+        ("data", pyfunc.get("data"), None),
+        ("config", pyfunc.get("config"), None),
+    ]
+    foreign = sorted({*(sklearn.get("skops_trusted_types") or ())} - TRUSTED_TYPES)
+    found = [
+        f"{name} is {value}, expected {expected or 'none'}" for name, value, expected in rules if value != expected
+    ]
+    return found + [f"it asks to trust {name}" for name in foreign]
+
+
+def new_folder(parent: str) -> Path:
+    """A new folder in memory, locked for as long as this process or a child of it lives. Raises `ModelError`.
 
     Folders whose lock is free are what crashed runs left: they are removed.
     """
@@ -251,9 +347,11 @@ def _new_folder(parent: str) -> Path:
             shutil.rmtree(old, ignore_errors=True)
             os.close(lock)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix="fraud-api-", dir=parent))
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="fraud-api-", dir=parent))
+        except OSError as error:
+            raise ModelError(f"any model: no folder for it in MEMORY_DIR: {error}") from error
         if _lock(folder) is not None and folder.exists():  # else another start took it for a left one in between
-            (folder / "model").mkdir()
             return folder
 
 

@@ -35,14 +35,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OrdinalEncoder
 
-from model import CATEGORY, SIGNATURE
-
-# What skops asks about before it reads gradient boosting, and nothing else.
-TRUSTED_TYPES = [
-    "functools.partial",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-    "sklearn.utils.validation.check_array",
-]
+from model import CATEGORY, SIGNATURE, TRUSTED_TYPES
 
 ALIAS = "champion"
 GOLDEN_ROWS = 8
@@ -149,7 +142,7 @@ def register(model: Pipeline, data: pd.DataFrame, threshold: float, name: str, r
         metadata={"threshold": threshold, "golden": golden_rows(model, data)},
         pyfunc_predict_fn="predict_proba",
         serialization_format="skops",
-        skops_trusted_types=TRUSTED_TYPES,
+        skops_trusted_types=sorted(TRUSTED_TYPES),
         pip_requirements=mlflow.sklearn.get_default_pip_requirements(include_skops=True),  # guessing them takes seconds
     )
     client, version = MlflowClient(), str(logged.registered_model_version)

@@ -32,7 +32,7 @@ import numpy as np
 
 import train
 from config import Config
-from model import Features, TreeScore, acquire, release
+from model import Features, TreeScore, acquire
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -209,16 +209,14 @@ def write_bodies(folder: Path) -> dict[str, Path]:
 
 def processes(folder: Path, port: int) -> dict[str, tuple[float, float]]:
     """Private memory of a worker in MB and seconds from fork to ready, shared and not."""
-    snapshot = acquire(Config.from_environ(os.environ | {"MODEL_URI": "models:/bench-150@champion"}), 60)
+    snapshot = acquire(Config.from_environ(os.environ | {"MODEL_URI": "models:/bench-150@champion"}), folder, 60)
     (folder / "snapshot").write_bytes(msgspec.json.encode(snapshot))
     unshared = [str(BIN / "gunicorn"), "-c", str(HERE / "unshared.conf.py"), "fraud_api:get_app()"]
     environ = {"SNAPSHOT": str(folder / "snapshot")}
-    figures = {
+    return {
         "shared": worker_figures(service(port + 9, 150), port + 9),
         "unshared": worker_figures(server(*unshared, port=port + 9, ready="/health/ready", **environ), port + 9),
     }
-    release(snapshot)
-    return figures
 
 
 def worker_figures(started_server: Server, port: int) -> tuple[float, float]:

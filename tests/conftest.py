@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,11 +22,13 @@ Config.from_environ(BASE_ENVIRON).export()  # before anything imports MLflow or 
 
 import mlflow
 import pytest
+from mlflow import MlflowClient
 from webtest import TestApp
 
 import train
+from chaos import Chaos
 from fraud_api import create_app
-from model import Model, Snapshot, load
+from model import Model, Snapshot, acquire, load
 
 NAME = "fraud-detector"
 TRANSACTION = {
@@ -111,7 +114,7 @@ class Service(Process):
     """The service, run by the plain gunicorn command."""
 
     def __init__(self, registry: str, python: str = sys.executable, cwd: Path = HERE, **variables: str) -> None:
-        environ = {"MLFLOW_TRACKING_URI": registry, "PORT": str(free_port())}
+        environ = {"MLFLOW_TRACKING_URI": registry, "PORT": str(free_port()), "DRAIN_SECONDS": "0"}
         environ |= {name.upper(): value for name, value in variables.items()}
         self.port = int(environ["PORT"])
         self.url = f"http://{environ.get('HOST', '127.0.0.1')}:{self.port}"
@@ -124,8 +127,15 @@ class Service(Process):
             return dict(json.load(answer))
 
     def workers(self) -> list[int]:
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
+        """Of the master's children those that are workers."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        booted = re.findall(r"Booting worker with pid: (\d+)", self.log)
+        return [int(pid) for pid in children if pid in booted]
+
+    def folder(self) -> Path:
+        """The master's folder in memory, which it keeps open."""
+        links = [os.readlink(link) for link in Path(f"/proc/{self.pid}/fd").iterdir()]
+        return Path(next(link for link in links if "/fraud-api-" in link))
 
 
 @contextmanager
@@ -136,6 +146,20 @@ def running(registry: str, **options: str) -> Iterator[Service]:
         service.wait_answer(f"{service.url}/health/ready")
         yield service
     finally:
+        service.stop()
+
+
+def failure(registry: str, **variables: str) -> tuple[int, float, list[str]]:
+    """Of a start that fails: exit status, seconds it took, and the lines that say why."""
+    started = time.monotonic()
+    service = Service(registry, **variables)
+    try:
+        status = service.wait()
+        lines = re.findall(r"(?:CRITICAL\] |^fraud-api: )(.*)", service.log, re.M)
+        return status, time.monotonic() - started, lines
+    finally:
+        assert "Traceback" not in service.log
+        assert service.log.count("Booting worker") == 0
         service.stop()
 
 
@@ -165,6 +189,16 @@ def champion(registry: str) -> str:
 
 
 @pytest.fixture(scope="session")
+def second(champion: str) -> str:
+    """The number of another version in the registry, release v2, that scores otherwise. The alias stays."""
+    train.train(rows=20_000, trees=20, seed=1, name=NAME, release="v2")
+    client = MlflowClient(champion)
+    number = client.get_model_version_by_alias(NAME, "champion").version
+    client.set_registered_model_alias(NAME, "champion", "1")
+    return str(number)
+
+
+@pytest.fixture(scope="session")
 def service(champion: str) -> Iterator[Service]:
     with running(champion, web_concurrency="2") as started:
         yield started
@@ -173,8 +207,7 @@ def service(champion: str) -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def snapshot(champion: str, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     """The champion's files, fetched as the service fetches them."""
-    path = mlflow.artifacts.download_artifacts(f"models:/{NAME}/1", dst_path=str(tmp_path_factory.mktemp("snapshot")))
-    return Snapshot(path, NAME, "1", "v1.2.3", champion)
+    return acquire(config(mlflow_tracking_uri=champion), tmp_path_factory.mktemp("snapshot"), 60)
 
 
 @pytest.fixture(scope="session")
@@ -185,3 +218,26 @@ def model(snapshot: Snapshot) -> Model:
 @pytest.fixture(scope="session")
 def app(model: Model) -> TestApp:
     return TestApp(create_app(config(max_batch_size="5", max_body_bytes="4096"), model))
+
+
+# -- chaos: the tests of reliability, longer, with a table -------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos", type=float, metavar="SECONDS", help="go on for so long with each test of reliability")
+
+
+@pytest.fixture(scope="session")
+def chaos(request: pytest.FixtureRequest) -> Iterator[Chaos]:
+    seconds = request.config.getoption("--chaos")
+    chaos = Chaos(seconds or 3)
+    yield chaos
+    if seconds:
+        write_readme(chaos.table())
+
+
+def write_readme(table: str) -> None:
+    readme, head, tail = HERE / "README.md", "<!-- make chaos writes from here -->", "<!-- to here: chaos -->"
+    before, _, rest = readme.read_text().partition(head)
+    readme.write_text(f"{before}{head}\n{table}\n{tail}{rest.partition(tail)[2]}")
+    print(f"\n{table}", file=sys.__stderr__)

@@ -1,10 +1,13 @@
 """The HTTP contract, whole bodies, against the WSGI application with a real model in it."""
 
+import gzip
 import json
 import re
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import numpy as np
 import pytest
 from falcon.testing import create_environ
@@ -76,7 +79,7 @@ def test_decision_and_confidence(model: Model, probability: float, is_fraud: boo
 
 def test_version_without_a_release(model: Model) -> None:
     """`v` and the registry's number stand in for a missing `release` tag."""
-    snapshot = type(model.snapshot)(model.snapshot.path, "fraud-detector", "7", None, "http://registry")
+    snapshot = msgspec.structs.replace(model.snapshot, number="7", release=None)
     app = TestApp(create_app(config(), replace(model, snapshot=snapshot)))
     assert post(app, "/predict", TRANSACTION).json["model_version"] == "v7"
 
@@ -162,6 +165,48 @@ def test_not_an_object(app: TestApp, path: str, body: bytes) -> None:
         "status": 422,
         "detail": "expected a JSON object",
     }
+
+
+def twice(field: str) -> dict[str, object]:
+    return {
+        "type": "about:blank",
+        "title": "Unprocessable Entity",
+        "status": 422,
+        "detail": f"{field or 'a field'}: given more than once",
+    } | ({"field": field} if field else {})
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        (', "amount": 1}', "amount"),
+        (', "transaction_id": "tx_1"}', "transaction_id"),
+        (', "am\\u006funt": 1}', "amount"),
+        (', "x": "", "x": 1}', ""),
+        (', "x": {"amount": "\\"\\""}, "hour": 14}', "hour"),
+    ],
+)
+def test_field_given_twice(app: TestApp, more: str, field: str) -> None:
+    """One reader takes the first, another the last: neither is what the client can be sure of."""
+    body = json.dumps(TRANSACTION)[:-1] + more
+    answer = post(app, "/predict", body.encode())
+    assert (answer.status_code, answer.json) == (422, twice(field))
+    row = f'{{"transactions": [{json.dumps(TRANSACTION)}, {body}]}}'
+    answer = post(app, "/predict/batch", row.encode()).json
+    assert (len(answer["predictions"]), answer["errors"][0].pop("transaction_id")[:4]) == (1, "tx_1")
+    assert answer["errors"] == [{"index": 1} | twice(field)]
+    lines = post(app, "/predict/batch", f"{json.dumps(TRANSACTION)}\n{body}".encode(), "application/x-ndjson")
+    problem = json.loads(lines.body.splitlines()[1])
+    assert problem | {"transaction_id": ""} == {"index": 1, "transaction_id": ""} | twice(field)
+    assert post(app, "/predict/batch", b'{"transactions": [], "transactions": []}').json == twice("transactions")
+
+
+@pytest.mark.parametrize(
+    "more", ['"x": {"amount": 1, "amount": 2}', '"x\\"": 1', '"x": "\\"", "y": [{"a": "b"}]', '"": ""']
+)
+def test_other_fields_are_ignored(app: TestApp, model: Model, more: str) -> None:
+    body = f"{json.dumps(TRANSACTION)[:-1]}, {more}}}".encode()
+    assert post(app, "/predict", body).json["fraud_probability"] == score(model, TRANSACTION)
 
 
 def test_batch(app: TestApp, model: Model) -> None:
@@ -295,6 +340,22 @@ def test_other_content_types(app: TestApp, content_type: str) -> None:
     }
 
 
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
+@pytest.mark.parametrize("content_type", ["application/json", "application/x-ndjson"])
+def test_compressed_body(app: TestApp, path: str, content_type: str) -> None:
+    """What a body unpacks to nobody can know before: it is to come as it is."""
+    headers = {"Content-Type": content_type, "Content-Encoding": "gzip"}
+    answer = app.post(path, gzip.compress(json.dumps(TRANSACTION).encode()), headers, expect_errors=True)
+    assert (answer.status_code, answer.content_type) == (415, PROBLEM)
+    assert answer.headers["Accept-Encoding"] == "identity"
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Unsupported Media Type",
+        "status": 415,
+        "detail": "expected a body that is not compressed",
+    }
+
+
 def test_content_type_with_parameters(app: TestApp) -> None:
     assert post(app, "/predict", TRANSACTION, "Application/JSON; charset=utf-8").status_code == 200
 
@@ -379,6 +440,12 @@ def test_method_not_allowed(app: TestApp) -> None:
     assert answer.json == {"type": "about:blank", "title": "Method Not Allowed", "status": 405}
 
 
+def sha256sum(folder: str) -> str:
+    """As README says to compute it."""
+    files = "find . -type f ! -name registered_model_meta -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum"
+    return subprocess.check_output(f"{files} | sha256sum", shell=True, cwd=folder, text=True)[:64]
+
+
 def test_health(app: TestApp, model: Model) -> None:
     body = app.get("/health").json
     assert 0 <= body.pop("uptime_seconds") < 600
@@ -389,6 +456,8 @@ def test_health(app: TestApp, model: Model) -> None:
         "model_version": "v1.2.3",
         "registry_version": "1",
         "registry_uri": model.snapshot.registry_uri,
+        "sha256": sha256sum(model.snapshot.path),
+        "unsafe": [],
         "threshold": model.threshold,
         "scorer": "treelite",
     }
@@ -413,6 +482,86 @@ def test_live_and_ready(app: TestApp, model: Model) -> None:
         "status": 503,
         "detail": "this worker cannot score",
     }
+
+
+def test_not_ready_when_stopping(model: Model) -> None:
+    stopping = bytearray(1)
+    app = TestApp(create_app(config(), model, stopping))
+    assert app.get("/health/ready").json == {"status": "ok"}
+    stopping[0] = 1
+    answer = app.get("/health/ready", expect_errors=True)
+    assert (answer.status_code, answer.content_type) == (503, PROBLEM)
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Service Unavailable",
+        "status": 503,
+        "detail": "the service is stopping",
+    }
+    assert app.get("/health/live").json == {"status": "ok"}
+    assert post(app, "/predict", TRANSACTION).status_code == 200
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def locked(model: Model) -> TestApp:
+    return TestApp(create_app(config(api_keys="first-key,second-key"), model))
+
+
+@pytest.mark.parametrize(
+    "authorization", ["Bearer first-key", "Bearer second-key", "bearer first-key", "Bearer  second-key "]
+)
+def test_known_key(locked: TestApp, authorization: str) -> None:
+    """Any of the keys, so that they can be rotated."""
+    locked.authorization = None
+    headers = {"Content-Type": "application/json", "Authorization": authorization}
+    assert locked.post("/predict", json.dumps(TRANSACTION), headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/predict/nothing"])
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer third-key",
+        "Bearer first-ke",
+        "Bearer first-key,second-key",
+        "Basic first-key",
+        "first-key",
+        "Bearer first-key second-key",
+        "Bearer ÿ",
+    ],
+)
+def test_unknown_key(locked: TestApp, path: str, authorization: str) -> None:
+    """401 with a challenge (RFC 6750, section 3), before anything is read, and nothing of it in the answer."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": authorization} if authorization else {})
+    answer = locked.post(path, json.dumps(TRANSACTION), headers, expect_errors=True)
+    assert (answer.status_code, answer.content_type) == (401, PROBLEM)
+    error = ', error="invalid_token"' if authorization else ""
+    assert answer.headers["WWW-Authenticate"] == f'Bearer realm="fraud-api"{error}'
+    assert answer.json == {
+        "type": "about:blank",
+        "title": "Unauthorized",
+        "status": 401,
+        "detail": "expected an API key as bearer token",
+    }
+
+
+def test_health_needs_no_key(locked: TestApp) -> None:
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert "key" not in locked.get(path).text
+
+
+def test_every_key_is_compared(locked: TestApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after one has matched: how long it takes says nothing about which it was."""
+    compared = []
+    monkeypatch.setattr("fraud_api.hmac.compare_digest", lambda a, b: compared.append(b) or a == b)
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer first-key"}
+    locked.post("/predict", json.dumps(TRANSACTION), headers)
+    assert len(compared) == 2
 
 
 def test_unexpected_error(model: Model, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,8 +16,11 @@ def test_defaults() -> None:
         "MLFLOW_TRACKING_URI='http://127.0.0.1:9' MLFLOW_TRACKING_USERNAME=None MLFLOW_TRACKING_PASSWORD=None "
         "MLFLOW_TRACKING_TOKEN=None MLFLOW_S3_ENDPOINT_URL=None AWS_ACCESS_KEY_ID=None AWS_SECRET_ACCESS_KEY=None "
         "AWS_SESSION_TOKEN=None AWS_DEFAULT_REGION=None MODEL_URI='models:/fraud-detector@champion' "
-        "MODEL_LOAD_TIMEOUT=30 FRAUD_THRESHOLD=None MAX_BATCH_SIZE=10000 MAX_BODY_BYTES=4194304 MAX_LINE_BYTES=65536 "
-        "HOST='127.0.0.1' PORT=8000 WEB_CONCURRENCY=2 THREADS=4 LOG_LEVEL='info' MEMORY_DIR='/dev/shm'"
+        "MODEL_LOAD_TIMEOUT=30 MODEL_POLL_SECONDS=0 MODEL_SHA256=None MODEL_ALLOW_UNSAFE=False FRAUD_THRESHOLD=None "
+        "MAX_BATCH_SIZE=10000 MAX_BODY_BYTES=4194304 MAX_LINE_BYTES=65536 "
+        "API_KEYS=None ALLOW_ANONYMOUS=False HOST='127.0.0.1' PORT=8000 WEB_CONCURRENCY=2 THREADS=4 "
+        "MAX_CONNECTIONS=1000 MAX_WAIT_MS=1000 DRAIN_SECONDS=1 GRACEFUL_TIMEOUT=30 "
+        "LOG_LEVEL='info' MEMORY_DIR='/dev/shm'"
     )
 
 
@@ -52,6 +55,13 @@ def test_every_problem_is_named_at_once() -> None:
         ("mlflow_tracking_uri", "file:///tmp"),
         ("mlflow_s3_endpoint_url", "minio:9000"),
         ("host", "localhost"),
+        ("host", "0.0.0.0"),
+        ("host", "::"),
+        ("model_sha256", "abc"),
+        ("model_allow_unsafe", "yes"),
+        ("drain_seconds", "30"),
+        ("api_keys", "two words"),
+        ("api_keys", "one,,three"),
         ("memory_dir", "shm"),
         ("memory_dir", "/nowhere"),
     ],
@@ -78,12 +88,13 @@ def test_secrets_are_masked() -> None:
         "aws_access_key_id": "s3cret-id",
         "aws_secret_access_key": "s3cret-key",
         "aws_session_token": "s3cret-session",
+        "api_keys": "s3cret-first,s3cret-second",
     }
     read = config(mlflow_tracking_uri="https://user:s3cret/uri@mlflow.example/", **secrets)
     assert "s3cret" not in repr(read)
     assert "MLFLOW_TRACKING_URI='https://mlflow.example/'" in repr(read)
     assert read.mask(f"tried {read.mlflow_tracking_uri} with {' '.join(secrets.values())}") == (
-        "tried https://mlflow.example/ with *** *** *** *** ***"
+        "tried https://mlflow.example/ with *** *** *** *** *** ***,***"
     )
 
 
@@ -103,6 +114,29 @@ def test_errors_show_no_credentials() -> None:
         "bad configuration: MLFLOW_TRACKING_URI is 'postgresql://db/mlflow', "
         "expected an http://, https:// or sqlite:/// address"
     )
+
+
+def test_a_bad_secret_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as raised:
+        config(api_keys="s3cret key")
+    assert str(raised.value) == (
+        "bad configuration: API_KEYS is ***, expected keys of letters, digits and -._~+/=, separated by commas"
+    )
+
+
+def test_who_may_ask() -> None:
+    """This machine alone, unless there are keys or the operator says so."""
+    assert config(api_keys="one, two/2==").api_keys == ("one", "two/2==")
+    assert config(host="0.0.0.0", api_keys="one").host == config(host="0.0.0.0", allow_anonymous="True").host
+    assert config(host="127.3.2.1").host == "127.3.2.1"
+    with pytest.raises(ConfigError) as raised:
+        config(host="0.0.0.0", allow_anonymous="false")
+    assert str(raised.value) == (
+        "bad configuration: "
+        "HOST is '0.0.0.0', expected a loopback address, unless API_KEYS or ALLOW_ANONYMOUS=true is set"
+    )
+    hosts = ["127.0.0.1", "::1", "localhost", "10.0.0.1", "", "db.example"]
+    assert [config().may_listen_on(host) for host in hosts] == [True, True, True, False, False, False]
 
 
 def test_export() -> None:

@@ -37,15 +37,16 @@ from model import (
     NUMBERS,
     SIGNATURE,
     TREELITE_ROWS,
+    TRUSTED_TYPES,
     Features,
     Model,
     ModelError,
     Snapshot,
     TreeScore,
-    _new_folder,
     _scorer,
     frame,
     load,
+    new_folder,
 )
 
 DATA, LABELS, _ = train.generate(6000, seed=1)
@@ -141,11 +142,11 @@ def saved(folder: Path, estimator: Pipeline, **changes: object) -> Snapshot:
             "threshold": 0.5,
             "golden": golden(lambda rows: estimator.predict_proba(rows)[:, 1]) if "metadata" not in changes else None,
         },
-        "skops_trusted_types": [*train.TRUSTED_TYPES, "sklearn.tree._tree.Tree"],
+        "skops_trusted_types": sorted(TRUSTED_TYPES),
         "pip_requirements": [],
     }
     mlflow.sklearn.save_model(estimator, folder / "model", **(options | changes))
-    return Snapshot(str(folder / "model"), "n", "1", None, "http://registry")
+    return Snapshot(str(folder / "model"), "n", "1", None, "http://registry", "0" * 64, [])
 
 
 def saved_function(folder: Path, function: Callable[[pd.DataFrame], object]) -> Snapshot:
@@ -162,7 +163,7 @@ def saved_function(folder: Path, function: Callable[[pd.DataFrame], object]) -> 
     mlflow.pyfunc.save_model(
         folder / "model", python_model=Function(), signature=SIGNED, metadata=metadata, pip_requirements=[]
     )
-    return Snapshot(str(folder / "model"), "n", "1", None, "http://registry")
+    return Snapshot(str(folder / "model"), "n", "1", None, "http://registry", "0" * 64, [])
 
 
 def test_forest(tmp_path: Path) -> None:
@@ -367,26 +368,26 @@ def test_folder_of_a_crashed_run_is_removed(tmp_path: Path) -> None:
     """A start removes what no living process holds, and nothing else."""
     (tmp_path / "fraud-api-crashed" / "model").mkdir(parents=True)
     (tmp_path / "somebody-else").mkdir()
-    held = _new_folder(str(tmp_path))
-    another = _new_folder(str(tmp_path))
+    held = new_folder(str(tmp_path))
+    another = new_folder(str(tmp_path))
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "somebody-else", held, another])
 
 
 def test_folder_lives_as_long_as_its_process(tmp_path: Path) -> None:
-    program = f"import model, sys; print(model._new_folder({str(tmp_path)!r}), flush=True); sys.stdin.read()"
+    program = f"import model, sys; print(model.new_folder({str(tmp_path)!r}), flush=True); sys.stdin.read()"
     owner = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
     )
     with owner:
         assert owner.stdout is not None
         left = Path(owner.stdout.readline().strip())
-        mine = _new_folder(str(tmp_path))
+        mine = new_folder(str(tmp_path))
         assert set(tmp_path.iterdir()) == {left, mine}
         owner.kill()
         owner.wait()
         shutil.rmtree(mine)
         assert set(tmp_path.iterdir()) == {left}
-        last = _new_folder(str(tmp_path))
+        last = new_folder(str(tmp_path))
     assert set(tmp_path.iterdir()) == {last}
 
 

@@ -1,0 +1,81 @@
+"""Once it serves, the registry may go away and workers may die: the same version keeps answering."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from chaos import Chaos, Load, Relay
+from conftest import NAME, TRANSACTION, running, wait_until
+from model import Model, Transaction
+
+
+def expected(model: Model) -> set[tuple[str, float]]:
+    return {("v1.2.3", float(model.score([Transaction(**TRANSACTION)])[0]))}
+
+
+@pytest.mark.parametrize("how", ["gone", "silent"])
+def test_kills_without_a_registry(champion: str, model: Model, chaos: Chaos, how: str) -> None:
+    """Workers are killed under load while nobody answers at the registry: what they were answering is lost, no more.
+
+    Clients do not try again. Every failure is of a request that was under way when a worker was killed.
+    """
+    relay = Relay(champion)
+    kills: list[float] = []
+    with running(relay.url, model_poll_seconds="1", web_concurrency="2") as service:
+        relay.silent = True
+        if how == "gone":
+            relay.cut()
+        with Load(service.port, TRANSACTION, clients=8, retry=False) as load:
+            for number in chaos.rounds(f"kills, registry {how}"):
+                load.wait_for(100)
+                kills.append(time.monotonic())
+                victim = random.choice(service.workers())
+                os.kill(victim, signal.SIGKILL if number % 3 else signal.SIGABRT)
+                wait_until(lambda: service.log.count("Worker ready") == 2 + len(kills), "the worker is replaced")
+                load.wait_for(100)
+        assert service.popen.poll() is None
+        service.post("/predict", TRANSACTION)
+    relay.cut()
+    lost = [answer for answer in load.lost if not any(answer.started - 0.1 <= kill <= answer.ended for kill in kills)]
+    assert lost == []
+    assert len(load.lost) <= 8 * len(kills)
+    assert {answer.model for answer in load.answers if answer.model} == expected(model)
+    chaos.report(
+        f"{len(kills)} workers killed under load, registry {how}",
+        f"{len(load.answers):,} requests",
+        f"{len(load.lost)}, all in a killed worker",
+    )
+
+
+def test_recycling_without_a_registry(champion: str, model: Model, chaos: Chaos) -> None:
+    """`max_requests` replaces workers all the time: a client that tries again on a closed connection loses none."""
+    relay = Relay(champion)
+    options = {"gunicorn_cmd_args": "--max-requests 500 --max-requests-jitter 100", "web_concurrency": "2"}
+    with running(relay.url, **options) as service:
+        relay.cut()
+        with Load(service.port, TRANSACTION, clients=8) as load:
+            for _ in chaos.rounds("recycling"):
+                load.wait_for(3000)
+        recycled = service.log.count("Autorestarting worker")
+    assert recycled >= 2
+    assert load.lost == []
+    assert {answer.model for answer in load.answers} == expected(model)
+    chaos.report(f"{recycled} workers recycled, registry gone", f"{len(load.answers):,} requests", "0")
+
+
+def test_a_worker_that_cannot_start(champion: str) -> None:
+    """Plain gunicorn would stop the master and the healthy worker: here they go on, and it is tried again."""
+    with running(champion, web_concurrency="2") as service:
+        folder = service.folder()
+        [snapshot] = folder.iterdir()
+        snapshot.rename(folder / "away")
+        os.kill(service.workers()[0], signal.SIGKILL)
+        wait_until(lambda: service.log.count("a worker cannot load its model") >= 2, "it has been tried twice")
+        assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
+        (folder / "away").rename(snapshot)
+        wait_until(lambda: service.log.count("Worker ready") == 3, "a worker has started")
+        assert len(service.workers()) == 2
+        assert f"serving {NAME} v1.2.3" in service.log

@@ -1,0 +1,158 @@
+"""A new version is proven before any worker is touched, takes over one by one, and loses no request."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from chaos import Chaos, Load, Relay
+from conftest import NAME, TRANSACTION, Service, running, wait_until
+
+ALIAS = "rolling"
+URI = f"models:/{NAME}@{ALIAS}"
+
+
+@pytest.fixture
+def promote(champion: str, second: str) -> Iterator[Callable[[str], None]]:
+    """Moves the alias that these tests serve; it begins at version 1."""
+    client = MlflowClient(champion)
+
+    def promote(number: str) -> None:
+        client.set_registered_model_alias(NAME, ALIAS, number)
+
+    promote("1")
+    yield promote
+    client.delete_registered_model_alias(NAME, ALIAS)
+
+
+@pytest.fixture(scope="module")
+def pickled(champion: str) -> str:
+    """The number of a version of the same model that is a pickle."""
+    estimator = mlflow.sklearn.load_model(f"models:/{NAME}/1")
+    metadata = mlflow.models.get_model_info(f"models:/{NAME}/1")
+    with mlflow.start_run():
+        logged = mlflow.sklearn.log_model(
+            estimator,
+            name="pickled",
+            registered_model_name=NAME,
+            signature=metadata.signature,
+            metadata=metadata.metadata,
+            serialization_format="cloudpickle",
+            pip_requirements=[],
+        )
+    return str(logged.registered_model_version)
+
+
+def announced(service: Service, version: str, times: int) -> Callable[[], bool]:
+    return lambda: service.log.count(f"] serving {NAME} {version}, ") == times
+
+
+def probability(service: Service) -> float:
+    return float(service.post("/predict", TRANSACTION)["fraud_probability"])
+
+
+@pytest.mark.parametrize("how", ["SIGHUP", "polling"])
+def test_forward_and_back_under_load(
+    champion: str, second: str, promote: Callable[[str], None], chaos: Chaos, how: str
+) -> None:
+    """Zero requests lost; after a switch is announced, only the new version answers."""
+    options = {"model_uri": URI, "web_concurrency": "2", "model_poll_seconds": "1" if how == "polling" else "0"}
+    with running(champion, **options) as service, Load(service.port, TRANSACTION, clients=8) as load:
+        scores, switches = {"v1.2.3": probability(service)}, [(time.monotonic(), "v1.2.3")]
+        for number in chaos.rounds(f"rolls by {how}"):
+            version = ["v2", "v1.2.3"][number % 2]
+            load.wait_for(200)
+            promote([second, "1"][number % 2])
+            if how == "SIGHUP":
+                service.popen.send_signal(signal.SIGHUP)
+            wait_until(announced(service, version, 1 + (number + 1) // 2), f"{version} is announced")
+            switches.append((time.monotonic(), version))
+            scores.setdefault(version, probability(service))
+            load.wait_for(200)
+        load.__exit__()
+        assert len(list(service.folder().iterdir())) == 1
+        assert service.log.count("Traceback") == 0
+    assert load.lost == []
+    assert len({*scores.values()}) == len(scores)
+    for answer in load.answers:
+        last, version = max(switch for switch in switches if switch[0] <= answer.started or switch == switches[0])
+        following = [name for when, name in switches if when > last][:1]
+        assert answer.model in [(name, scores[name]) for name in (version, *following)], answer
+    chaos.report(f"{len(switches) - 1} versions rolled by {how} under load", f"{len(load.answers):,} requests", "0")
+
+
+def test_what_is_wrong_with_a_version_stops_nothing(
+    champion: str, second: str, pickled: str, promote: Callable[[str], None]
+) -> None:
+    """A version that is no good, no alias, no registry, a silent registry: one error each, and no worker is touched."""
+    relay, client = Relay(champion), MlflowClient(champion)
+    with running(relay.url, model_uri=URI, model_load_timeout="5") as service:
+        workers = service.workers()
+        errors = []
+
+        def refused() -> str:
+            service.popen.send_signal(signal.SIGHUP)
+            wait_until(lambda: service.log.count("[ERROR] still serving v1.2.3, not ") > len(errors), "it is refused")
+            errors.append(service.log.rpartition("[ERROR] ")[2].splitlines()[0])
+            assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
+            assert service.workers() == workers
+            assert len(list(service.folder().iterdir())) == 1
+            return errors[-1].removeprefix(f"still serving v1.2.3, not {URI} at {relay.url}: ")
+
+        promote(pickled)
+        assert refused() == (
+            f"version {pickled} is not safe to load: "
+            "serialization_format is cloudpickle, expected skops (MODEL_ALLOW_UNSAFE)"
+        )
+        client.delete_registered_model_alias(NAME, ALIAS)
+        assert "alias rolling not found" in refused()
+        promote(second)
+        relay.silent = True
+        assert refused() == "not loaded within 5 s (MODEL_LOAD_TIMEOUT)"
+        relay.cut()
+        assert "refused" in refused()
+        relay.restore()
+        service.popen.send_signal(signal.SIGHUP)
+        wait_until(announced(service, "v2", 1), "all is well again")
+        assert service.post("/predict", TRANSACTION)["model_version"] == "v2"
+    relay.cut()
+
+
+def test_a_signal_with_nothing_new_changes_nothing(champion: str, promote: Callable[[str], None]) -> None:
+    with running(champion, model_uri=URI) as service:
+        workers, files = service.workers(), list(service.folder().iterdir())
+        for _ in range(2):
+            service.popen.send_signal(signal.SIGHUP)
+            wait_until(lambda: not idle(service), "it looks")
+            wait_until(lambda: idle(service), "it has looked")
+        assert service.workers() == workers
+        assert list(service.folder().iterdir()) == files
+        assert "ERROR" not in service.log
+
+
+def idle(service: Service) -> bool:
+    """No child but the workers."""
+    return len(Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()) == len(service.workers())
+
+
+def test_a_version_that_no_worker_can_load(champion: str, second: str, promote: Callable[[str], None]) -> None:
+    """Should the workers die of a version that was proven, the old one stays, and polling does not try for ever."""
+    with running(champion, model_uri=URI, web_concurrency="2", model_poll_seconds="1") as service:
+        old = service.workers()
+        promote(second)
+        wait_until(lambda: len(service.workers()) > 2, "a worker for the new version has started")
+        os.kill(max(service.workers()), signal.SIGKILL)
+        wait_until(lambda: "still serving v1.2.3, not v2: no worker for it" in service.log, "it is given up")
+        for _ in range(2):
+            wait_until(lambda: not idle(service), "it looks")
+            wait_until(lambda: idle(service), "it has looked")
+        assert service.workers() == old
+        assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
+        assert len(list(service.folder().iterdir())) == 1
+        service.popen.send_signal(signal.SIGHUP)
+        wait_until(announced(service, "v2", 1), "told to, it tries again")
