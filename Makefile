@@ -53,6 +53,10 @@ serve: install ## serve the registered model
 test: install ## run all tests
 	$(BIN)/python -m pytest
 
+.PHONY: chaos
+chaos: install ## kill, cut off, overload and confuse it for 5 minutes and write what was lost into README.md
+	$(BIN)/python -m pytest --quiet --chaos 25
+
 .PHONY: lint
 lint: install ## check style and types
 	$(BIN)/ruff check .

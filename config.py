@@ -114,6 +114,7 @@ class Config:
     web_concurrency: int = _variable(_whole(1, 256), "2")
     threads: int = _variable(_whole(1, 64), "4")
     max_connections: int = _variable(_whole(100, 100_000), "1000")
+    slow_seconds: int = _variable(_whole(1, 600), "10")
     max_wait_ms: int = _variable(_whole(10, 10_000), "1000")
     drain_seconds: int = _variable(_whole(0, 600), "1")
     graceful_timeout: int = _variable(_whole(2, 3600), "30")

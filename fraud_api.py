@@ -225,10 +225,16 @@ def score_stream(model: Model, stream: Any, longest: int) -> Iterator[bytes]:
     """JSON lines in, as they come; for each a line out, a prediction or a problem, in order, in constant memory."""
     count = 0
     for lines in read_lines(stream, longest):
-        rows = decode_rows(lines, count, longest)
-        predictions = iter(predict(model, [row for row in rows if isinstance(row, Transaction)]))
-        yield encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
+        answers = score_lines(model, lines, count, longest)
         count += len(lines)
+        lines.clear()  # whoever reads slowly keeps no more in memory than what he has to read
+        yield answers
+
+
+def score_lines(model: Model, lines: Sequence[bytes], first: int, longest: int) -> bytes:
+    rows = decode_rows(lines, first, longest)
+    predictions = iter(predict(model, [row for row in rows if isinstance(row, Transaction)]))
+    return encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
 
 
 def read_lines(stream: Any, longest: int) -> Iterator[list[bytes]]:
@@ -236,6 +242,7 @@ def read_lines(stream: Any, longest: int) -> Iterator[list[bytes]]:
     rest, size = b"", FIRST_READ
     while data := read(stream, size):
         *lines, rest = (rest + data).split(b"\n")
+        del data
         yield lines
         rest = rest[: longest + 1]
         size = min(2 * size, LAST_READ)
@@ -250,7 +257,7 @@ def read(stream: Any, size: int) -> bytes:
     """
     try:
         return bytes(stream.read(size))
-    except OSError as error:
+    except Exception as error:  # what gunicorn's parsers raise has no common type
         raise ConnectionResetError(errno.ECONNRESET, f"broken body: {error}") from error  # gunicorn closes, quietly
 
 

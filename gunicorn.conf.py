@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -40,10 +42,12 @@ from gunicorn.workers.gthread import ThreadWorker
 import fraud_api  # imports the numeric libraries, which read the environment that `prepare` made
 from model import Acquisition, ModelError, acquire, new_folder
 
-SLOW_THREADS = 256
-SLOW_SECONDS = 10  # so long a client may move less than
-SLOW_RATE = 100  # bytes a second, both ways taken together
-LENGTH = re.compile(rb"(?i)\r\n(?:content-length|transfer-encoding):[ \t]*(\d{0,9})")
+SLOW_THREADS = 64
+SLOW_RATE = 100  # bytes a second, both ways taken together; who moves less for SLOW_SECONDS is cut
+PEEK = 8192  # bytes of a request that is waited for without a thread
+LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*(\d{1,9})")
+UNKNOWN = re.compile(rb"(?i)\r\n(?:transfer-encoding|expect):")  # how long it is, or whether it comes unasked
+WHOLE, PART, LONG = object(), object(), object()
 
 serving = mmap.mmap(-1, 1)  # shared by all processes: whether any worker has ever been ready
 fraud_api.stopping = mmap.mmap(-1, 1)
@@ -56,8 +60,8 @@ class Overloaded(ParseException):
 class Worker(ThreadWorker):
     """gunicorn's threaded worker, in which whoever is slow waits apart and not for ever.
 
-    A request that has come wholly is answered by one of a few threads; more would only contend. One still to come, in
-    part, takes a thread of a large pool, where it waits for its client, as does a closing connection. A connection that
+    A request takes a thread once it has come wholly: one of a few, as more would only contend. A long one and a stream
+    take a thread of a larger pool, where they wait for their client, as does a closing connection. A connection that
     moves next to nothing for a while is cut, sooner where there is no place for others.
     """
 
@@ -67,7 +71,7 @@ class Worker(ThreadWorker):
         self.ready = mmap.mmap(-1, 1)
         self.max_keepalived = self.worker_connections // 2
         self.active = {}  # connection: since when it has been looked at, and the bytes that it had moved by then
-        self.looked = time.monotonic()
+        self.looked, self.refused = time.monotonic(), 0
 
     def init_process(self):
         self.slow_pool = ThreadPoolExecutor(SLOW_THREADS)
@@ -84,12 +88,39 @@ class Worker(ThreadWorker):
             time.sleep(1)
             sys.exit(1)
 
+    def accept(self, listener):
+        """As many as are there, not one: under load the next turn of the main loop may be a while away."""
+        for _ in range(16):
+            connections = self.nr_conns
+            super().accept(listener)
+            if self.nr_conns == connections:
+                return
+
     def enqueue_req(self, conn):
-        conn.queued = time.monotonic()
-        self.active[conn] = conn.queued, 0
-        pool = self.tpool if has_come(conn.sock) else self.slow_pool
-        done = pool.submit(self.handle, conn)
-        done.add_done_callback(lambda done: self.method_queue.defer(self.finish_request, conn, done))
+        """Give a connection on which something has come a thread of the right pool, or none yet."""
+        begun = b"" if self.cfg.is_ssl else peek(conn.sock)
+        kind, wanted = LONG if self.cfg.is_ssl else kind_of(begun), getattr(conn, "wanted", 0)
+        if conn not in self.active:
+            if len(self.active) >= settings.max_connections and not begun.startswith(b"GET /health"):
+                self.handle_error(None, conn.sock, conn.client, Overloaded())
+                self.part_from(conn)
+                return
+            self.active[conn] = time.monotonic(), 0
+        if kind is PART and len(begun) >= wanted:
+            self.wait_for_more(conn, len(begun) + 1)
+        else:
+            if wanted:
+                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            conn.data_ready, conn.wanted, conn.queued = True, 0, time.monotonic()
+            done = (self.slow_pool if kind is LONG else self.tpool).submit(self.handle, conn)
+            done.add_done_callback(lambda done: self.method_queue.defer(self.finish_request, conn, done))
+
+    def wait_for_more(self, conn, size):
+        """In the main loop, until so many bytes have come or none will (socket(7), SO_RCVLOWAT)."""
+        conn.wanted, conn.timeout = size, math.inf
+        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        self.pending_conns.append(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def handle(self, conn):
         conn.waited = time.monotonic() - conn.queued
@@ -105,13 +136,17 @@ class Worker(ThreadWorker):
         if not isinstance(exc, ParseException):
             super().handle_error(req, client, addr, exc)
             return
-        late = isinstance(exc, Overloaded)
-        self.log.warning("overloaded" if late else "refused what is no valid HTTP: %s", type(exc).__name__)
-        error = falcon.HTTPServiceUnavailable(retry_after=1) if late else falcon.HTTPBadRequest()
+        if isinstance(exc, Overloaded):
+            error = falcon.HTTPServiceUnavailable(retry_after=1)
+            self.refused += 1
+        else:
+            error = falcon.HTTPBadRequest()
+            self.log.warning("refused what is no valid HTTP: %s", type(exc).__name__)
         body = fraud_api.encode(fraud_api.problem(error))
         fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
         lines = [f"{name}: {value}" for name, value in (fields | dict(error.headers or {})).items()]
-        util.write_nonblock(client, "\r\n".join([f"HTTP/1.1 {error.status}", *lines, "", ""]).encode() + body)
+        with suppress(OSError):  # there may be nobody any longer
+            util.write_nonblock(client, "\r\n".join([f"HTTP/1.1 {error.status}", *lines, "", ""]).encode() + body)
 
     def _keepalive_after(self, conn, keepalive):
         try:
@@ -123,11 +158,16 @@ class Worker(ThreadWorker):
         del self.active[conn]
         if self.alive and done.result():
             super().finish_request(conn, done)
-        else:  # closing waits for the client to do the same, up to 2 s, for which gunicorn would stop all others
-            closed = self.slow_pool.submit(conn.close, graceful=True)
-            closed.add_done_callback(lambda _: self.method_queue.defer(self.forget_connection))
+        else:
+            self.part_from(conn)
 
-    def forget_connection(self):
+    def part_from(self, conn):
+        """Close, and wait apart for the client to do the same, up to 2 s; gunicorn would have all others wait."""
+        cut(conn.sock, socket.SHUT_WR)
+        closed = self.slow_pool.submit(conn.close, graceful=True)
+        closed.add_done_callback(lambda _: self.method_queue.defer(self.forget))
+
+    def forget(self):
         self.nr_conns -= 1
 
     def notify(self):
@@ -137,17 +177,20 @@ class Worker(ThreadWorker):
         if now - self.looked >= 1:
             self.looked = now
             self.make_room(now)
+            if self.refused:
+                self.log.warning("overloaded, refused %s requests", self.refused)
+                self.refused = 0
 
     def make_room(self, now):
-        full = self.nr_conns >= self.worker_connections
+        full = max(len(self.active), self.nr_conns // 2) >= settings.max_connections
         for conn, (since, moved) in list(self.active.items()):
-            if now - since >= (1 if full else SLOW_SECONDS):
+            if now - since >= (1 if full else settings.slow_seconds):
                 total = bytes_moved(conn.sock)
                 if total - moved < SLOW_RATE * (now - since):
                     cut(conn.sock)
                 self.active[conn] = now, total
         if full:
-            for conn in (*islice(self.keepalived_conns, 100), *islice(self.pending_conns, 100)):
+            for conn in islice(self.keepalived_conns, 100):
                 conn.timeout = now
 
     def set_accept_enabled(self, enabled):
@@ -156,25 +199,37 @@ class Worker(ThreadWorker):
             for listener in self.sockets:
                 listener.close()
             self.wait_for_and_dispatch_events(0)
-            for conn in (*self.keepalived_conns, *self.pending_conns):
+            for conn in self.keepalived_conns:
                 conn.timeout = 0
             self.murder_keepalived()
-            self.murder_pending()
+            for conn in self.pending_conns:
+                if conn.wanted == 1:
+                    cut(conn.sock)
 
     def run(self):
         super().run()
-        for conn in self.active:  # out of time; a thread that waits for a client would hold up the exit
+        for conn in self.active:  # out of time: a thread that waits for a client would hold up the exit
             cut(conn.sock)
 
 
-def has_come(connection):
-    """Whether a whole request waits there, without taking it. A long or chunked one counts as still to come."""
+def peek(connection):
+    """The first bytes that wait there, which go on waiting."""
     try:
-        head, end, body = connection.recv(8192, socket.MSG_PEEK | socket.MSG_DONTWAIT).partition(b"\r\n\r\n")
-    except (OSError, ValueError):  # nothing yet; TLS
-        return False
+        return connection.recv(PEEK, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:
+        return b""
+
+
+def kind_of(begun):
+    """Whether that is a whole request, part of a short one, or the beginning of one that is long or chunked."""
+    head, end, body = begun.partition(b"\r\n\r\n")
+    if not end:
+        return PART if len(begun) < PEEK else LONG
     length = LENGTH.search(head)
-    return bool(end) and (length is None or len(body) >= int(length[1] or 2**30))
+    missing = int(length[1]) - len(body) if length else 0
+    if UNKNOWN.search(head) or len(begun) + missing > PEEK:
+        return LONG
+    return PART if missing > 0 else WHOLE
 
 
 def bytes_moved(connection):
@@ -186,10 +241,10 @@ def bytes_moved(connection):
         return math.inf
 
 
-def cut(connection):
-    """End a connection under whoever waits on it."""
+def cut(connection, how=socket.SHUT_RDWR):
+    """End a connection, both ways or one, under whoever waits on it."""
     with suppress(OSError):  # it has ended
-        connection.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(how)
 
 
 class Supervisor:
@@ -299,7 +354,7 @@ bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{sett
 workers = settings.web_concurrency
 threads = settings.threads  # 4: at 16 connections 8 % less requests/s than 8 threads, and half the p99 (12 for 23 ms)
 worker_class = Worker
-worker_connections = settings.max_connections
+worker_connections = 2 * settings.max_connections  # as many may be idle, or on their way out
 keepalive = 75  # longer than what stands in front keeps its connections, or it sends on one just closed
 graceful_timeout = max(settings.graceful_timeout - settings.drain_seconds - 1, 1)  # 1 for what comes before and after
 timeout = graceful_timeout + 10  # without a sign of life; a worker that finishes its requests gives none
@@ -340,7 +395,7 @@ def when_ready(server):
     """Let the kernel keep connections until something comes on them, so that a silent one takes no place."""
     for listener in server.LISTENERS:
         if listener.sock.family in (socket.AF_INET, socket.AF_INET6):
-            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SLOW_SECONDS)
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, settings.slow_seconds)
 
 
 def post_worker_init(worker):

@@ -227,6 +227,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos", type=float, metavar="SECONDS", help="go on for so long with each test of reliability")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+    if config.getoption("--chaos"):
+        items[:] = [item for item in items if "chaos" in item.fixturenames]
+
+
 @pytest.fixture(scope="session")
 def chaos(request: pytest.FixtureRequest) -> Iterator[Chaos]:
     seconds = request.config.getoption("--chaos")

@@ -1,0 +1,58 @@
+"""SIGTERM: not ready any longer, requests in flight finish, idle connections are closed, exit 0 in time."""
+
+import http.client
+import json
+import signal
+import socket
+import time
+from contextlib import closing
+
+import pytest
+
+from conftest import TRANSACTION, Service, get, running, wait_until
+
+BODY = json.dumps(TRANSACTION).encode()
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+
+
+def connect(service: Service) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", service.port), timeout=20)
+
+
+def test_drain(champion: str) -> None:
+    """A request half sent at SIGTERM is answered, an idle connection is closed with nothing on it, readiness is 503."""
+    with running(champion, drain_seconds="2", graceful_timeout="20") as service, connect(service) as half:
+        idle = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+        with closing(idle):
+            idle.request("GET", "/health/live")
+            idle.getresponse().read()
+            half.sendall(HEAD + BODY[:50])
+            stopped = time.monotonic()
+            service.popen.send_signal(signal.SIGTERM)
+            wait_until(lambda: get(f"{service.url}/health/ready") == 503, "it is not ready", seconds=2)
+            assert get(f"{service.url}/health/live") == 200
+            assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
+            assert idle.sock.recv(100) == b""  # closed, not reset
+            assert time.monotonic() - stopped >= 2
+            wait_until(lambda: get(f"{service.url}/health/ready") == 0, "nobody new is let in")
+            half.sendall(BODY[50:])
+            answer = b"".join(iter(lambda: half.recv(2**16), b""))
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert answer.endswith(b"}")
+        assert service.wait() == 0
+        assert time.monotonic() - stopped < 10
+        assert "ERROR" not in service.log
+
+
+@pytest.mark.parametrize("sent", [HEAD + BODY[:50], HEAD[:30], b""])
+def test_a_client_that_never_finishes(champion: str, sent: bytes) -> None:
+    """It does not hold up the end beyond GRACEFUL_TIMEOUT, nor makes it a failure."""
+    with running(champion, drain_seconds="0", graceful_timeout="3", web_concurrency="1") as service:
+        with connect(service) as half:
+            half.sendall(sent)
+            wait_until(lambda: get(f"{service.url}/health/live") == 200, "it serves")
+            stopped = time.monotonic()
+            service.popen.send_signal(signal.SIGTERM)
+            assert service.wait() == 0
+            assert time.monotonic() - stopped < 3
+        assert "Traceback" not in service.log

@@ -1,0 +1,171 @@
+"""What runs from the registry is decided here, not by the artifact: poisoned versions in a real registry."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import skops.io
+import yaml
+from sklearn.preprocessing import FunctionTransformer
+
+from conftest import NAME, TRANSACTION, config, failure, running
+from model import ModelError, Snapshot, acquire
+
+Poison = Callable[[Path, dict[str, Any], str], None]
+Poisoned = Callable[[Poison], tuple[str, Path]]
+
+
+class Evil:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, canary: str) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return subprocess.call, (["touch", self.canary],)
+
+
+def a_pickle(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    (folder / "model.pkl").write_bytes(pickle.dumps(Evil(canary)))
+    flavors["python_function"]["model_path"] = "model.pkl"
+    flavors["sklearn"] |= {"serialization_format": "pickle", "pickled_model": "model.pkl"}
+
+
+def a_pickle_by_default(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    (folder / "model.skops").write_bytes(pickle.dumps(Evil(canary)))
+    del flavors["sklearn"]
+
+
+def a_second_mlmodel(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    """The loader reads the format from the folder that `data` names, which need not be the one that was looked at."""
+    inner = {"flavors": {name: dict(flavor) for name, flavor in flavors.items()}}
+    (folder / "inner").mkdir()
+    a_pickle(folder / "inner", inner["flavors"], canary)
+    (folder / "inner" / "MLmodel").write_text(yaml.safe_dump(inner))
+    flavors["python_function"]["data"] = "inner"
+
+
+def a_path_elsewhere(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    flavors["python_function"]["model_path"] = "../../model.skops"
+
+
+def a_foreign_type(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    """In a file of skops, trusted by the artifact itself."""
+    transformer = FunctionTransformer(subprocess.getoutput, kw_args={"encoding": canary})
+    skops.io.dump(transformer, folder / "model.skops")
+    flavors["sklearn"]["skops_trusted_types"] = ["subprocess.getoutput"]
+
+
+def a_foreign_type_unasked(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    a_foreign_type(folder, flavors, canary)
+    flavors["sklearn"]["skops_trusted_types"] = ["functools.partial"]
+
+
+def a_loader_of_its_own(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    (folder / "code").mkdir()
+    (folder / "code" / "evil_loader.py").write_text(f"open({canary!r}, 'w')\nfrom mlflow.sklearn import _load_pyfunc\n")
+    flavors["python_function"] |= {"loader_module": "evil_loader", "code": "code"}
+
+
+def code_paths(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    """Put before everything else on the path: a module of the artifact's instead of a library's."""
+    (folder / "code").mkdir()
+    (folder / "code" / "skops.py").write_text(f"open({canary!r}, 'w')\n")
+    flavors["sklearn"]["code"] = flavors["python_function"]["code"] = "code"
+
+
+@pytest.fixture
+def poisoned(champion: str, snapshot: Snapshot, tmp_path: Path) -> Poisoned:
+    """Registers the champion's files with something done to them: the version's URI, and the file that must not be."""
+
+    def register(poison: Poison) -> tuple[str, Path]:
+        folder, canary = tmp_path / "model", tmp_path / "canary"
+        shutil.copytree(snapshot.path, folder, ignore=shutil.ignore_patterns("registered_model_meta"))
+        mlmodel = yaml.safe_load((folder / "MLmodel").read_text())
+        poison(folder, mlmodel["flavors"], str(canary))
+        (folder / "MLmodel").write_text(yaml.safe_dump(mlmodel))
+        with mlflow.start_run() as run:
+            mlflow.log_artifacts(str(folder), "model")
+        version = mlflow.register_model(f"runs:/{run.info.run_id}/model", "poisoned").version
+        return f"models:/poisoned/{version}", canary
+
+    return register
+
+
+@pytest.mark.parametrize(
+    ("poison", "found"),
+    [
+        (a_pickle, "serialization_format is pickle, expected skops"),
+        (a_pickle_by_default, "serialization_format is None, expected skops"),
+        (a_second_mlmodel, "data is inner, expected none"),
+        (a_path_elsewhere, "model_path is ../../model.skops, expected model.skops"),
+        (a_foreign_type, "it asks to trust subprocess.getoutput"),
+        (
+            a_loader_of_its_own,
+            "loader_module is evil_loader, expected mlflow.sklearn; code_paths is code, expected none",
+        ),
+        (code_paths, "code_paths is code, expected none"),
+    ],
+)
+def test_refused(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Poison, found: str) -> None:
+    """With a sentence that names what was found, and before anything of it runs."""
+    uri, canary = poisoned(poison)
+    with pytest.raises(ModelError) as raised:
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path, 60)
+    reason = f"version {uri.rpartition('/')[2]} is not safe to load: {found} (MODEL_ALLOW_UNSAFE)"
+    assert str(raised.value) == f"{uri} at {champion}: {reason}"
+    assert not canary.exists()
+
+
+def test_refused_at_start(champion: str, poisoned: Poisoned) -> None:
+    uri, canary = poisoned(a_pickle)
+    status, _, lines = failure(champion, model_uri=uri)
+    reason = "is not safe to load: serialization_format is pickle, expected skops (MODEL_ALLOW_UNSAFE)"
+    assert (status, lines) == (1, [f"cannot serve {uri} at {champion}: version {uri.rpartition('/')[2]} {reason}"])
+    assert not canary.exists()
+
+
+def test_refused_by_skops(champion: str, poisoned: Poisoned, tmp_path: Path) -> None:
+    """A type in the file that the artifact does not ask to trust is skops' own to refuse."""
+    uri, _ = poisoned(a_foreign_type_unasked)
+    with pytest.raises(ModelError, match=r"subprocess\.getoutput"):
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path, 60)
+
+
+def test_the_poison_is_real(champion: str, poisoned: Poisoned) -> None:
+    """What the tests above keep from running does run where the operator says so, and the service says so too."""
+    uri, canary = poisoned(a_loader_of_its_own)
+    found = ["loader_module is evil_loader, expected mlflow.sklearn", "code_paths is code, expected none"]
+    with running(champion, model_uri=uri, model_allow_unsafe="true") as service:
+        assert canary.exists()
+        assert service.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
+        with urllib.request.urlopen(f"{service.url}/health") as answer:
+            assert json.load(answer)["unsafe"] == found
+        warning = f"[WARNING] MODEL_ALLOW_UNSAFE: this model may run code of its own: {'; '.join(found)}"
+        assert service.log.count(warning) == 1
+
+
+@pytest.mark.parametrize("poison", [a_pickle, a_pickle_by_default, a_second_mlmodel])
+def test_pickle_runs_when_loaded(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Poison) -> None:
+    uri, canary = poisoned(poison)
+    with pytest.raises(ModelError):  # what it unpickles is no model
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_allow_unsafe="true"), tmp_path, 60)
+    assert canary.exists()
+
+
+def test_pinned_hash(champion: str, snapshot: Snapshot, tmp_path: Path) -> None:
+    """The right SHA-256 serves and is in the log; another does not."""
+    uri = f"models:/{NAME}/1"
+    with running(champion, model_uri=uri, model_sha256=snapshot.sha256.upper()) as service:
+        assert f"] serving {NAME} v1.2.3, SHA-256 {snapshot.sha256}\n" in service.log
+    with pytest.raises(ModelError) as raised:
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_sha256="0" * 64), tmp_path, 60)
+    reason = f"the SHA-256 of version 1 is {snapshot.sha256}, expected {'0' * 64} (MODEL_SHA256)"
+    assert str(raised.value) == f"{uri} at {champion}: {reason}"
