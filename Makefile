@@ -55,7 +55,7 @@ test: install ## run all tests
 
 .PHONY: chaos
 chaos: install ## kill, cut off, overload and confuse it for 5 minutes and write what was lost into README.md
-	$(BIN)/python -m pytest --quiet --chaos 25
+	$(BIN)/python -m pytest --quiet --capture=sys --chaos 25
 
 .PHONY: lint
 lint: install ## check style and types

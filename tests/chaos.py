@@ -145,5 +145,5 @@ class Chaos:
         self.rows.append((what, done, lost))
 
     def table(self) -> str:
-        head = [("what was done", "", "what was lost"), ("---", "---", "---")]
+        head = [("what was done", "what came of it", "what was lost"), ("---", "---", "---")]
         return "\n".join(f"| {' | '.join(row)} |" for row in (*head, *self.rows))

@@ -144,6 +144,8 @@ def running(registry: str, **options: str) -> Iterator[Service]:
     service = Service(registry, **options)
     try:
         service.wait_answer(f"{service.url}/health/ready")
+        if options.get("log_level", "info") == "info":
+            wait_until(lambda: service.log.count("Worker ready") >= int(options.get("web_concurrency", "2")), "all are")
         yield service
     finally:
         service.stop()
@@ -235,7 +237,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
 @pytest.fixture(scope="session")
 def chaos(request: pytest.FixtureRequest) -> Iterator[Chaos]:
     seconds = request.config.getoption("--chaos")
-    chaos = Chaos(seconds or 3)
+    chaos = Chaos(seconds or 2)
     yield chaos
     if seconds:
         write_readme(chaos.table())

@@ -192,7 +192,7 @@ SEEDS = [
 ]
 
 
-def test_generated_requests(target: Service, chaos: Chaos) -> None:
+def test_generated_requests(target: Service, chaos: Chaos, request: pytest.FixtureRequest) -> None:
     """10,000 for each parser, whole ones with another body and broken ones: no 5xx, no worker lost, no more memory."""
     workers, counts, total = target.workers(), Counter(), 0
     generator = random.Random(4)
@@ -218,8 +218,9 @@ def test_generated_requests(target: Service, chaos: Chaos) -> None:
     assert sizes[-1] - sizes[0] < 30
     assert "Traceback" not in target.log
     assert works(target)
+    parser = request.node.callspec.params["target"]
     shown = ", ".join(f"{count:,} × {status}" for status, count in sorted(counts.items(), key=str))
-    chaos.report(f"{total:,} generated requests, valid ones changed at random", shown, "0 workers, no 5xx")
+    chaos.report(f"{total:,} requests changed at random, parser: {parser}", shown, "0 workers, no 5xx")
 
 
 def resident(pid: int) -> int:

@@ -91,7 +91,7 @@ def test_what_is_wrong_with_a_version_stops_nothing(
 ) -> None:
     """A version that is no good, no alias, no registry, a silent registry: one error each, and no worker is touched."""
     relay, client = Relay(champion), MlflowClient(champion)
-    with running(relay.url, model_uri=URI, model_load_timeout="5") as service:
+    with running(relay.url, model_uri=URI, model_load_timeout="4") as service:
         workers = service.workers()
         errors = []
 
@@ -113,7 +113,7 @@ def test_what_is_wrong_with_a_version_stops_nothing(
         assert "alias rolling not found" in refused()
         promote(second)
         relay.silent = True
-        assert refused() == "not loaded within 5 s (MODEL_LOAD_TIMEOUT)"
+        assert refused() == "not loaded within 4 s (MODEL_LOAD_TIMEOUT)"
         relay.cut()
         assert "refused" in refused()
         relay.restore()

@@ -72,7 +72,8 @@ def test_start_predict_stop(champion: str) -> None:
 
 def test_the_log_shows_the_configuration(service: Service) -> None:
     assert f"MODEL_URI='models:/{NAME}@champion'" in service.log
-    assert f"serving {NAME} v1.2.3" in service.log
+    with urllib.request.urlopen(f"{service.url}/health") as answer:
+        assert f"] serving {NAME} v1.2.3, SHA-256 {json.load(answer)['sha256']}\n" in service.log
     assert "Using worker: Worker" in service.log
 
 

@@ -161,10 +161,9 @@ def test_pickle_runs_when_loaded(champion: str, poisoned: Poisoned, tmp_path: Pa
 
 
 def test_pinned_hash(champion: str, snapshot: Snapshot, tmp_path: Path) -> None:
-    """The right SHA-256 serves and is in the log; another does not."""
     uri = f"models:/{NAME}/1"
-    with running(champion, model_uri=uri, model_sha256=snapshot.sha256.upper()) as service:
-        assert f"] serving {NAME} v1.2.3, SHA-256 {snapshot.sha256}\n" in service.log
+    pinned = config(mlflow_tracking_uri=champion, model_uri=uri, model_sha256=snapshot.sha256.upper())
+    assert acquire(pinned, tmp_path, 60).sha256 == snapshot.sha256
     with pytest.raises(ModelError) as raised:
         acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_sha256="0" * 64), tmp_path, 60)
     reason = f"the SHA-256 of version 1 is {snapshot.sha256}, expected {'0' * 64} (MODEL_SHA256)"
