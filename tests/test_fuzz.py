@@ -113,8 +113,11 @@ def works(service: Service) -> bool:
 @pytest.fixture(scope="module", params=["auto", "python"])
 def target(champion: str, request: pytest.FixtureRequest) -> Iterator[Service]:
     """With gunicorn's parser in C, where it is installed, and with the one in Python."""
-    with running(champion, web_concurrency="2", gunicorn_cmd_args=f"--http-parser {request.param}") as service:
-        yield service
+    if request.param == "auto":
+        yield request.getfixturevalue("service")
+    else:
+        with running(champion, gunicorn_cmd_args=f"--http-parser {request.param}") as service:
+            yield service
 
 
 @pytest.mark.parametrize("name", CORPUS)

@@ -93,7 +93,7 @@ def test_slow_clients(champion: str, chaos: Chaos) -> None:
     chunks = (
         STREAM + b"%X\r\n%s\r\n" % (len(LINE) * 100, LINE * 100) * 1000
     )  # more than the kernel keeps of its answers
-    with running(champion, web_concurrency="2", slow_seconds="3") as service:
+    with running(champion, web_concurrency="2", slow_seconds="2") as service:
         service.post("/predict", TRANSACTION)
         before = memory(service)
         dribbling = [(head() + BODY, 0), (head() + BODY, 150), (longer, 120), (STREAM + b"5\r\n", len(STREAM))] * 45

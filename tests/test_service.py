@@ -20,13 +20,10 @@ import boto3
 import mlflow
 import numpy as np
 import pytest
-from mlflow import MlflowClient
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
 
 import train
-from conftest import HERE, NAME, TRANSACTION, Process, Service, failure, free_port, get, running, wait_until
-from model import SIGNATURE, Model, Transaction
+from conftest import HERE, NAME, TRANSACTION, Process, Service, config, failure, free_port, get, running, wait_until
+from model import Model, ModelError, Transaction, acquire
 
 
 def status_bytes(pid: int, key: str) -> int:
@@ -77,15 +74,17 @@ def test_the_log_shows_the_configuration(service: Service) -> None:
     assert "Using worker: Worker" in service.log
 
 
-def test_credentials_in_the_address_stay_out_of_sight(champion: str) -> None:
+def test_credentials_in_the_address_stay_out_of_sight(champion: str, tmp_path: Path) -> None:
     """Neither the log nor `/health` nor the reason of a failed start shows what stands before the `@`."""
     address = champion.replace("http://", "http://user:s3cret@")
     with running(address) as service, urllib.request.urlopen(f"{service.url}/health") as answer:
         assert json.load(answer)["registry_uri"] == champion
         assert "s3cret" not in service.log
-    _, _, lines = failure(address, model_uri=f"models:/{NAME}/99", mlflow_tracking_token="s3cret-too")
-    assert re.match(f"cannot serve models:/{NAME}/99 at {champion}: ", lines[0])
-    assert "s3cret" not in lines[0]
+    options = config(mlflow_tracking_uri=address, model_uri=f"models:/{NAME}/99", mlflow_tracking_token="s3cret-too")
+    with pytest.raises(ModelError) as raised:
+        acquire(options, tmp_path, 60)
+    assert str(raised.value).startswith(f"models:/{NAME}/99 at {champion}: ")
+    assert "s3cret" not in str(raised.value)
 
 
 def test_plain_gunicorn_with_the_application_named(champion: str) -> None:
@@ -97,22 +96,6 @@ def test_plain_gunicorn_with_the_application_named(champion: str) -> None:
         process.wait_answer(f"http://127.0.0.1:{port}/health/ready")
     finally:
         assert process.stop() == 0
-
-
-def test_all_workers_answer_one_version(champion: str) -> None:
-    """The version is resolved once: an alias that moves, and a worker that is replaced, change nothing."""
-    client = MlflowClient(champion)
-    with running(champion, web_concurrency="2") as service:
-        copy = client.copy_model_version(f"models:/{NAME}/1", NAME)
-        client.set_model_version_tag(NAME, copy.version, "release", "v2")
-        client.set_registered_model_alias(NAME, "champion", copy.version)
-        try:
-            os.kill(service.workers()[0], signal.SIGKILL)
-            wait_until(lambda: service.log.count("Booting worker") == 3, "the worker is replaced")
-            answers = [service.post("/predict", TRANSACTION)["model_version"] for _ in range(50)]
-        finally:
-            client.set_registered_model_alias(NAME, "champion", "1")
-    assert answers == ["v1.2.3"] * 50
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -186,7 +169,7 @@ def test_broken_chunks(service: Service, path: str, kind: str, body: bytes) -> N
 
 
 def test_memory_over_a_long_stream(champion: str) -> None:
-    """Three quarters of a million lines, 110 MB: the worker needs no more memory than for the first tenth."""
+    """400,000 lines, 60 MB: the worker needs no more memory than for the first 75,000."""
     with running(champion, web_concurrency="1") as service:
 
         def peak() -> int:
@@ -211,7 +194,7 @@ def test_memory_over_a_long_stream(champion: str) -> None:
 
         assert score(75_000) > 74_000  # an answer cut in two by a read is not counted
         before = peak()
-        assert score(750_000) > 749_000
+        assert score(400_000) > 399_000
         assert peak() - before < 16 * 1024
 
 
@@ -249,50 +232,22 @@ def test_silent_registry(silent_server: str) -> None:
     assert seconds < 7
 
 
-def test_missing_alias(champion: str) -> None:
-    status, _, lines = failure(champion, model_uri=f"models:/{NAME}@nobody")
-    assert status == 1
-    assert re.match(rf"cannot serve models:/{NAME}@nobody at {champion}: .*alias nobody not found", lines[0])
+def test_missing_alias(champion: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"^models:/{NAME}@nobody at {champion}: .*alias nobody not found"):
+        acquire(config(mlflow_tracking_uri=champion, model_uri=f"models:/{NAME}@nobody"), tmp_path, 60)
 
 
-def test_labels_only_model(champion: str) -> None:
-    """A model that answers labels is refused before any worker starts."""
-
-    class Labels(mlflow.pyfunc.PythonModel):
-        def predict(self, context, model_input, params=None):
-            return (model_input["amount"] > 100).astype(int)
-
-    row = train.generate(1, 0)[0].iloc[0].to_dict() | {"fraud_probability": 1.0}
-    with mlflow.start_run():
-        mlflow.pyfunc.log_model(
-            name="labels",
-            python_model=Labels(),
-            registered_model_name="labels",
-            signature=ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE])),
-            metadata={"threshold": 0.5, "golden": [row]},
-            pip_requirements=[],
-        )
-    status, _, lines = failure(champion, model_uri="models:/labels/1", model_allow_unsafe="true")
-    reason = (
-        "the model does not score known, unknown and extreme transactions: it gives int64 labels, not probabilities"
-    )
-    assert (status, lines) == (1, [f"cannot serve models:/labels/1 at {champion}: {reason}"])
+def test_no_database(tmp_path: Path) -> None:
+    """A path to no database is an error, and is not made one."""
+    uri = f"sqlite:///{tmp_path}/nowhere.db"
+    with pytest.raises(ModelError) as raised:
+        acquire(config(mlflow_tracking_uri=uri), tmp_path, 60)
+    reason = "there is no such database; `make model` trains and registers a first model"
+    assert str(raised.value) == f"models:/{NAME}@champion at {uri}: {reason}"
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_port_in_use(champion: str) -> None:
-    """A start that fails after the model was fetched leaves nothing in memory either."""
-    memory = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        service = Service(champion, port=str(taken.getsockname()[1]), memory_dir=str(memory))
-        status = service.wait()
-    assert (status, list(memory.iterdir())) == (1, [])
-    service.stop()
-    memory.rmdir()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_start(silent_server: str, number: signal.Signals) -> None:
     """A start that waits for its registry ends at once, quietly, and leaves nothing."""
     memory = Path(tempfile.mkdtemp(dir="/dev/shm"))
@@ -316,16 +271,6 @@ def test_bad_configuration() -> None:
         ],
     )
     assert seconds < 5
-
-
-def test_no_database() -> None:
-    """A path to no database is an error, and is not made one."""
-    status, _, lines = failure("sqlite:///nowhere.db")
-    assert status == 1
-    assert lines[0].endswith(
-        "at sqlite:///nowhere.db: there is no such database; `make model` trains and registers a first model"
-    )
-    assert not (HERE / "nowhere.db").exists()
 
 
 # -- in memory ---------------------------------------------------------------------------------------------------------

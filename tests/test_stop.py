@@ -19,7 +19,7 @@ def connect(service: Service) -> socket.socket:
 
 def test_drain(champion: str) -> None:
     """A request half sent at SIGTERM is answered, an idle connection is closed with nothing on it, readiness is 503."""
-    with running(champion, drain_seconds="2", graceful_timeout="20") as service, connect(service) as half:
+    with running(champion, drain_seconds="1", graceful_timeout="20") as service, connect(service) as half:
         idle = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
         with closing(idle):
             idle.request("GET", "/health/live")
@@ -27,11 +27,11 @@ def test_drain(champion: str) -> None:
             half.sendall(HEAD + BODY[:50])
             stopped = time.monotonic()
             service.popen.send_signal(signal.SIGTERM)
-            wait_until(lambda: get(f"{service.url}/health/ready") == 503, "it is not ready", seconds=2)
+            wait_until(lambda: get(f"{service.url}/health/ready") == 503, "it is not ready", seconds=1)
             assert get(f"{service.url}/health/live") == 200
             assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
             assert idle.sock.recv(100) == b""  # closed, not reset
-            assert time.monotonic() - stopped >= 2
+            assert time.monotonic() - stopped >= 1
             wait_until(lambda: get(f"{service.url}/health/ready") == 0, "nobody new is let in")
             half.sendall(BODY[50:])
             answer = b"".join(iter(lambda: half.recv(2**16), b""))
