@@ -253,7 +253,7 @@ class Supervisor:
     def __init__(self, server, folder):
         self.server, self.log, self.folder = server, server.log, folder
         self.settled = fraud_api.snapshot  # what all workers serve; while they are replaced, what they served before
-        self.search, self.complaint, self.refused = None, "", None
+        self.search, self.complaint, self.refused, self.told = None, "", None, False
         self.next_look = self.after_poll()
         server.manage_workers, server.handle_hup, server.handle_term = self.manage_workers, self.look_now, self.drain
 
@@ -268,7 +268,7 @@ class Supervisor:
 
     def look_now(self):
         """SIGHUP"""
-        self.next_look, self.complaint, self.refused = 0, "", None
+        self.next_look, self.complaint, self.refused, self.told = 0, "", None, True
 
     def look(self):
         """Ask the registry, in a child process, for the version to serve."""
@@ -291,8 +291,11 @@ class Supervisor:
             if found != self.settled:
                 announce(self.log, "proven, replacing workers for", found)
                 fraud_api.snapshot = found
+            elif self.told:
+                self.log.info("nothing new, still serving %s %s", found.name, found.version)
             self.complaint = ""
         finally:
+            self.told = False
             search.end()
             self.tidy()
 
