@@ -66,7 +66,7 @@ _level = _matching("(?i)debug|info|warning|error|critical", "one of debug, info,
 _sha256 = _matching("[0-9a-fA-F]{64}", "64 hexadecimal digits", str.lower)
 _switch = _matching("(?i)true|false", "true or false", lambda text: text.lower() == "true")
 _keys = _matching(  # what a bearer token is made of: RFC 6750, section 2.1
-    r"[\w.~+/-]+=*( *, *[\w.~+/-]+=*)*",
+    r"(?a)[\w.~+/-]+=*( *, *[\w.~+/-]+=*)*",
     "keys of letters, digits and -._~+/=, separated by commas",
     lambda text: tuple(re.split(" *, *", text)),
 )
@@ -90,7 +90,7 @@ class Config:
     """What the operator decided. `repr` masks secrets and the credentials in addresses."""
 
     mlflow_tracking_uri: str = _variable(_registry, None)
-    mlflow_tracking_username: str | None = _variable(str)
+    mlflow_tracking_username: str | None = _variable(str, secret=True)
     mlflow_tracking_password: str | None = _variable(str, secret=True)
     mlflow_tracking_token: str | None = _variable(str, secret=True)
     mlflow_s3_endpoint_url: str | None = _variable(_http)
@@ -146,8 +146,8 @@ class Config:
         problems = []
         if not self.may_listen_on(self.host):
             problems.append(f"HOST is {self.host!r}, expected {LOOPBACK_ONLY}")
-        if self.drain_seconds >= self.graceful_timeout:
-            problems.append(f"DRAIN_SECONDS is '{self.drain_seconds}', expected less than GRACEFUL_TIMEOUT")
+        if self.drain_seconds > self.graceful_timeout - 2:
+            problems.append(f"DRAIN_SECONDS is '{self.drain_seconds}', expected at least 2 less than GRACEFUL_TIMEOUT")
         return problems
 
     def may_listen_on(self, host: str) -> bool:

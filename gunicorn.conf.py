@@ -7,17 +7,20 @@ https://gunicorn.org/reference/settings/
 """
 
 import atexit
+import fcntl
 import gc
 import math
 import mmap
 import os
 import re
+import resource
 import selectors
 import shutil
 import signal
 import socket
 import struct
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +36,8 @@ started = time.monotonic()
 for number in INTERRUPTS:  # until gunicorn has its own
     signal.signal(number, lambda number, _: sys.exit(128 + number))
 settings = prepare("fraud-api")
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a descriptor a connection; 1024 is usual otherwise
 
 import falcon
 from gunicorn import util
@@ -45,9 +50,11 @@ from model import Acquisition, ModelError, acquire, new_folder
 SLOW_THREADS = 64
 SLOW_RATE = 100  # bytes a second, both ways taken together; who moves less for SLOW_SECONDS is cut
 PEEK = 8192  # bytes of a request that is waited for without a thread
-LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*(\d{1,9})")
-UNKNOWN = re.compile(rb"(?i)\r\n(?:transfer-encoding|expect):")  # how long it is, or whether it comes unasked
+FRAMING = re.compile(rb"(?i)\n(?:content-length|transfer-encoding|expect):")
+LENGTH = re.compile(rb"(?i)\ncontent-length:[ \t]*(0|[1-9]\d{0,7})[ \t]*\r?\n")
 WHOLE, PART, LONG = object(), object(), object()
+
+POLL = settings.model_poll_seconds or math.inf
 
 serving = mmap.mmap(-1, 1)  # shared by all processes: whether any worker has ever been ready
 fraud_api.stopping = mmap.mmap(-1, 1)
@@ -71,20 +78,18 @@ class Worker(ThreadWorker):
         self.ready = mmap.mmap(-1, 1)
         self.max_keepalived = self.worker_connections // 2
         self.active = {}  # connection: since when it has been looked at, and the bytes that it had moved by then
+        self.parting = {}  # connection: until when its client may go on
         self.looked, self.refused = time.monotonic(), 0
 
     def init_process(self):
+        """Fail-fast belongs to the start: gunicorn would stop the healthy workers with one that cannot start."""
         self.slow_pool = ThreadPoolExecutor(SLOW_THREADS)
-        super().init_process()
-
-    def load_wsgi(self):
-        """Fail-fast belongs to the start: gunicorn would stop the healthy workers with one that cannot load."""
         try:
-            super().load_wsgi()
+            super().init_process()
         except Exception:
-            if not serving[0]:
+            if self.booted or not serving[0]:
                 raise
-            self.log.exception("a worker cannot load its model")
+            self.log.exception("a worker cannot start")
             time.sleep(1)
             sys.exit(1)
 
@@ -92,14 +97,20 @@ class Worker(ThreadWorker):
         """As many as are there, not one: under load the next turn of the main loop may be a while away."""
         for _ in range(16):
             connections = self.nr_conns
-            super().accept(listener)
+            try:
+                super().accept(listener)
+            except OSError as error:  # no descriptor or memory for it: others go on
+                self.log.debug("cannot accept: %s", error)
+                self.refused += 1
+                time.sleep(0.01)
             if self.nr_conns == connections:
                 return
 
     def enqueue_req(self, conn):
         """Give a connection on which something has come a thread of the right pool, or none yet."""
         begun = b"" if self.cfg.is_ssl else peek(conn.sock)
-        kind, wanted = LONG if self.cfg.is_ssl else kind_of(begun), getattr(conn, "wanted", 0)
+        wanted = getattr(conn, "wanted", 0)
+        kind = LONG if self.cfg.is_ssl or unsent(conn.sock) else kind_of(begun)
         if conn not in self.active:
             if len(self.active) >= settings.max_connections and not begun.startswith(b"GET /health"):
                 self.handle_error(None, conn.sock, conn.client, Overloaded())
@@ -111,9 +122,13 @@ class Worker(ThreadWorker):
         else:
             if wanted:
                 conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            conn.data_ready, conn.wanted, conn.queued = True, 0, time.monotonic()
-            done = (self.slow_pool if kind is LONG else self.tpool).submit(self.handle, conn)
-            done.add_done_callback(lambda done: self.method_queue.defer(self.finish_request, conn, done))
+            conn.data_ready, conn.wanted = True, 0
+            self.submit(conn, self.slow_pool if kind is LONG else self.tpool)
+
+    def submit(self, conn, pool):
+        conn.queued = time.monotonic()
+        done = pool.submit(self.handle, conn)
+        done.add_done_callback(lambda done: self.method_queue.defer(self.finish_request, conn, done))
 
     def wait_for_more(self, conn, size):
         """In the main loop, until so many bytes have come or none will (socket(7), SO_RCVLOWAT)."""
@@ -155,6 +170,11 @@ class Worker(ThreadWorker):
             return False
 
     def finish_request(self, conn, done):
+        more = self.alive and done.result() and conn.parser.unreader.take_buffered()
+        if more:  # of a next request, sent without waiting for the answer; where it ends, nobody has looked
+            conn.parser.unreader.unread(more)
+            self.submit(conn, self.slow_pool)
+            return
         del self.active[conn]
         if self.alive and done.result():
             super().finish_request(conn, done)
@@ -162,13 +182,32 @@ class Worker(ThreadWorker):
             self.part_from(conn)
 
     def part_from(self, conn):
-        """Close, and wait apart for the client to do the same, up to 2 s; gunicorn would have all others wait."""
+        """Close, and wait up to 2 s for the client to do the same (RFC 9112, section 9.6), without a thread."""
         cut(conn.sock, socket.SHUT_WR)
-        closed = self.slow_pool.submit(conn.close, graceful=True)
-        closed.add_done_callback(lambda _: self.method_queue.defer(self.forget))
+        conn.sock.setblocking(False)
+        self.parting[conn] = time.monotonic() + 2
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.linger, conn))
 
-    def forget(self):
+    def linger(self, conn, client):
+        with suppress(OSError):
+            if client.recv(2**16):
+                return
+        self.forget(conn)
+
+    def forget(self, conn):
+        del self.parting[conn]
+        self.poller.unregister(conn.sock)
         self.nr_conns -= 1
+        conn.close()
+
+    def murder_keepalived(self):
+        """gunicorn calls this after every turn of the main loop."""
+        super().murder_keepalived()
+        now = time.monotonic()
+        for conn, until in list(self.parting.items()):
+            if now < until and self.alive:
+                break
+            self.forget(conn)
 
     def notify(self):
         """gunicorn calls this from the main loop."""
@@ -184,7 +223,7 @@ class Worker(ThreadWorker):
     def make_room(self, now):
         full = max(len(self.active), self.nr_conns // 2) >= settings.max_connections
         for conn, (since, moved) in list(self.active.items()):
-            if now - since >= (1 if full else settings.slow_seconds):
+            if now - since >= (1 if full and getattr(conn, "wanted", 0) else settings.slow_seconds):
                 total = bytes_moved(conn.sock)
                 if total - moved < SLOW_RATE * (now - since):
                     cut(conn.sock)
@@ -225,11 +264,19 @@ def kind_of(begun):
     head, end, body = begun.partition(b"\r\n\r\n")
     if not end:
         return PART if len(begun) < PEEK else LONG
-    length = LENGTH.search(head)
+    length = LENGTH.search(head + b"\n")
     missing = int(length[1]) - len(body) if length else 0
-    if UNKNOWN.search(head) or len(begun) + missing > PEEK:
+    if len(FRAMING.findall(head)) > bool(length) or len(begun) + missing > PEEK:
         return LONG
     return PART if missing > 0 else WHOLE
+
+
+def unsent(connection):
+    """Bytes that the client has not taken yet: what is sent to it next may have to wait (tcp(7), SIOCOUTQ)."""
+    try:
+        return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 def bytes_moved(connection):
@@ -253,30 +300,30 @@ class Supervisor:
     def __init__(self, server, folder):
         self.server, self.log, self.folder = server, server.log, folder
         self.settled = fraud_api.snapshot  # what all workers serve; while they are replaced, what they served before
-        self.search, self.complaint, self.refused, self.told = None, "", None, False
-        self.next_look = self.after_poll()
+        self.search, self.complaint, self.told = None, "", False
+        self.next_look = time.monotonic() + POLL
         server.manage_workers, server.handle_hup, server.handle_term = self.manage_workers, self.look_now, self.drain
 
-    def after_poll(self):
-        return time.monotonic() + settings.model_poll_seconds if settings.model_poll_seconds else math.inf
-
     def manage_workers(self):
-        """gunicorn calls this after every signal, and once a second."""
-        self.look()
-        self.replace()
-        self.settle()
+        """gunicorn calls this after every signal, and once a second; an exception would end the healthy workers too."""
+        try:
+            self.look()
+            self.replace()
+            self.settle()
+        except Exception:
+            self.log.exception("the master goes on")
 
     def look_now(self):
         """SIGHUP"""
-        self.next_look, self.complaint, self.refused, self.told = 0, "", None, True
+        self.next_look, self.complaint, self.told = 0, "", True
 
     def look(self):
         """Ask the registry, in a child process, for the version to serve."""
         if self.search and self.search.ready():
             self.take()
         if not self.search and time.monotonic() >= self.next_look and fraud_api.snapshot is self.settled:
-            self.next_look = self.after_poll()
-            self.search = Acquisition(settings, self.folder, settings.model_load_timeout, self.settled, self.refused)
+            self.next_look = time.monotonic() + POLL
+            self.search = Acquisition(settings, self.folder, settings.model_load_timeout, self.settled)
 
     def take(self):
         """What the search has found, or why not: once, however often it is polled."""
@@ -329,15 +376,16 @@ class Supervisor:
         """A worker has ended. If it was to load a new version and did not come to it, that version is no good."""
         if not worker.ready[0] and worker.snapshot is fraud_api.snapshot is not self.settled:
             self.log.error("still serving %s, not %s: no worker for it", self.settled.version, worker.snapshot.version)
-            self.refused, fraud_api.snapshot = fraud_api.snapshot.number, self.settled
+            fraud_api.snapshot = self.settled
             self.tidy()
 
     def tidy(self):
         """Only the versions in use stay in memory."""
         used = [Path(snapshot.path) for snapshot in (fraud_api.snapshot, self.settled)]
-        for folder in self.folder.iterdir():
-            if not any(path.is_relative_to(folder) for path in used):
-                shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for folder in self.folder.iterdir():
+                if not any(path.is_relative_to(folder) for path in used):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def drain(self):
         """SIGTERM: not ready any longer, then no new connections, then the end."""

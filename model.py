@@ -67,11 +67,7 @@ TREELITE_ROWS = 200
 
 
 class ModelError(Exception):
-    """The model cannot be served; the message is one sentence that says why. `number` is the version's, if known."""
-
-    def __init__(self, message: str, number: str | None = None) -> None:
-        super().__init__(message)
-        self.number = number
+    """The model cannot be served; the message is one sentence that says why."""
 
 
 class Features(msgspec.Struct, frozen=True, gc=False):
@@ -131,7 +127,7 @@ class Metadata(msgspec.Struct, frozen=True):
     golden: Annotated[list[Golden], Meta(min_length=1)]
 
 
-class Snapshot(msgspec.Struct, frozen=True, tag=True):
+class Snapshot(msgspec.Struct, frozen=True):
     """One version of the model, its files in a folder in memory."""
 
     path: str
@@ -146,13 +142,6 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
     def version(self) -> str:
         """What predictions are signed with: the `release` tag, else `v` and the registry's number."""
         return self.release or f"v{self.number}"
-
-
-class Refusal(msgspec.Struct, frozen=True, tag=True):
-    """What a child process says that has no snapshot to give."""
-
-    reason: str
-    number: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,20 +177,24 @@ class Acquisition:
     """A child process that finds the version that MODEL_URI names, fetches it and proves that it loads, in `seconds`.
 
     The master itself opens no connection and starts no thread, for it is to fork; and whatever hangs (a name server, a
-    socket, C code) is killed. If the version is `served` already, or its number is `refused`, that is all it does.
+    socket, C code) is killed. If the version is `served` already, that is all it does. Raises `ModelError`.
     """
 
-    def __init__(
-        self, config: Config, folder: Path, seconds: float, served: Snapshot | None = None, refused: str | None = None
-    ) -> None:
+    def __init__(self, config: Config, folder: Path, seconds: float, served: Snapshot | None = None) -> None:
         self.config, self.deadline = config, time.monotonic() + seconds
         self.reader, writer = os.pipe()
         signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # an exception raised amid the fork would be lost
-        self.child = os.fork()
-        if not self.child:
-            signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 1)  # should the master be gone
-            _answer(config, folder / str(time.monotonic_ns()), served, refused, writer)
-        os.close(writer)
+        try:
+            self.child = os.fork()
+        except OSError as error:
+            os.close(self.reader)
+            raise ModelError(f"{config.model_uri}: no process to load it in: {error}") from error
+        else:
+            if not self.child:
+                signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 1)  # should the master be gone
+                _answer(config, folder / str(time.monotonic_ns()), served, writer)
+        finally:
+            os.close(writer)
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         except BaseException:
@@ -216,7 +209,15 @@ class Acquisition:
         """What it found, as soon as it has. Raises `ModelError`."""
         remaining = max(self.deadline - time.monotonic(), 0)
         answered, _, _ = select.select([self.reader], [], [], remaining)
-        return _understand(self.config, os.read(self.reader, 2**16) if answered else None)
+        found: Snapshot | str = f"not loaded within {self.config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
+        if answered:
+            with open(self.reader, "rb", closefd=False) as pipe:
+                answer = pipe.read()
+            found = msgspec.json.decode(answer, type=Snapshot | str) if answer else "the process that loads it died"
+        if isinstance(found, Snapshot):
+            return found
+        place = without_credentials(self.config.mlflow_tracking_uri)
+        raise ModelError(f"{self.config.model_uri} at {place}: {found}")
 
     def end(self) -> None:
         """Leave nothing of it running. To be called once."""
@@ -236,22 +237,22 @@ def acquire(config: Config, folder: Path, seconds: float) -> Snapshot:
         acquisition.end()
 
 
-def _answer(config: Config, folder: Path, served: Snapshot | None, refused: str | None, writer: int) -> NoReturn:
-    """The child's life: a snapshot or a refusal, as JSON into the pipe. It never returns to the master's code."""
+def _answer(config: Config, folder: Path, served: Snapshot | None, writer: int) -> NoReturn:
+    """The child's life: a snapshot or a sentence, as JSON into the pipe. It never returns to the master's code."""
     try:
         for number in (*INTERRUPTS, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-        os.write(writer, msgspec.json.encode(_find(config, folder, served, refused)))
+        with open(writer, "wb") as pipe:
+            pipe.write(msgspec.json.encode(_find(config, folder, served)))
     finally:
         os._exit(0)
 
 
-def _find(config: Config, folder: Path, served: Snapshot | None, refused: str | None) -> Snapshot | Refusal:
-    version = None
+def _find(config: Config, folder: Path, served: Snapshot | None) -> Snapshot | str:
     try:
         name, version, release = _resolve(config)
-        if served and ((name, version, release) == (served.name, served.number, served.release) or version == refused):
+        if served and (name, version, release) == (served.name, served.number, served.release):
             return served
         snapshot = _fetch(config, folder, name, version, release)
         load(snapshot, config)
@@ -259,20 +260,7 @@ def _find(config: Config, folder: Path, served: Snapshot | None, refused: str | 
     except BaseException as error:
         log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
         reason = config.mask(str(error).partition("\n")[0] or repr(error))
-        return Refusal(reason[:1000].encode(errors="replace").decode(), version)
-
-
-def _understand(config: Config, answer: bytes | None) -> Snapshot:
-    if answer is None:
-        found: Snapshot | Refusal = Refusal(f"not loaded within {config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)")
-    elif not answer:
-        found = Refusal("the process that loads it died")
-    else:
-        found = msgspec.json.decode(answer, type=Snapshot | Refusal)
-    if isinstance(found, Snapshot):
-        return found
-    place = without_credentials(config.mlflow_tracking_uri)
-    raise ModelError(f"{config.model_uri} at {place}: {found.reason}", found.number)
+        return reason[:1000].encode(errors="replace").decode()
 
 
 def _resolve(config: Config) -> tuple[str, str, str | None]:

@@ -1,5 +1,6 @@
 """Real things to test with: a trained model, an MLflow server, gunicorn processes; slow, so shared."""
 
+import fcntl
 import json
 import os
 import re
@@ -76,6 +77,7 @@ class Process:
 
     def __init__(self, *command: str, environ: dict[str, str] | None = None, cwd: Path = HERE) -> None:
         self.output = os.memfd_create("output")
+        fcntl.fcntl(self.output, fcntl.F_SETFL, os.O_APPEND)  # else what two processes write at once may be lost
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         self.popen = subprocess.Popen(
             command,

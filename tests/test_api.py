@@ -198,7 +198,9 @@ def test_field_given_twice(app: TestApp, more: str, field: str) -> None:
     lines = post(app, "/predict/batch", f"{json.dumps(TRANSACTION)}\n{body}".encode(), "application/x-ndjson")
     problem = json.loads(lines.body.splitlines()[1])
     assert problem | {"transaction_id": ""} == {"index": 1, "transaction_id": ""} | twice(field)
-    assert post(app, "/predict/batch", b'{"transactions": [], "transactions": []}').json == twice("transactions")
+    for extra in (b"", b', "a": "", "b": "", "c": ""', b', "a": "", "b": "", "c": 1, "d": 1'):
+        batch = b'{"transactions": [], "transactions": []%s}' % extra
+        assert post(app, "/predict/batch", batch).json == twice("transactions")
 
 
 @pytest.mark.parametrize(

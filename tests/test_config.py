@@ -59,7 +59,8 @@ def test_every_problem_is_named_at_once() -> None:
         ("host", "::"),
         ("model_sha256", "abc"),
         ("model_allow_unsafe", "yes"),
-        ("drain_seconds", "30"),
+        ("drain_seconds", "29"),
+        ("api_keys", "schl\u00fcssel"),
         ("api_keys", "two words"),
         ("api_keys", "one,,three"),
         ("memory_dir", "shm"),
@@ -83,6 +84,7 @@ def test_values_are_typed_and_empty_is_not_set() -> None:
 def test_secrets_are_masked() -> None:
     """Neither `repr` nor the log nor a library's message shows a secret."""
     secrets = {
+        "mlflow_tracking_username": "s3cret-user",
         "mlflow_tracking_password": "s3cret-password",
         "mlflow_tracking_token": "s3cret-token",
         "aws_access_key_id": "s3cret-id",
@@ -94,7 +96,7 @@ def test_secrets_are_masked() -> None:
     assert "s3cret" not in repr(read)
     assert "MLFLOW_TRACKING_URI='https://mlflow.example/'" in repr(read)
     assert read.mask(f"tried {read.mlflow_tracking_uri} with {' '.join(secrets.values())}") == (
-        "tried https://mlflow.example/ with *** *** *** *** *** ***,***"
+        "tried https://mlflow.example/ with *** *** *** *** *** *** ***,***"
     )
 
 

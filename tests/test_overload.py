@@ -8,6 +8,8 @@ import re
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -96,7 +98,10 @@ def test_slow_clients(champion: str, chaos: Chaos) -> None:
     with running(champion, web_concurrency="2", slow_seconds="2") as service:
         service.post("/predict", TRANSACTION)
         before = memory(service)
-        dribbling = [(head() + BODY, 0), (head() + BODY, 150), (longer, 120), (STREAM + b"5\r\n", len(STREAM))] * 45
+        zeros = head(more=f"Content-Type: application/json\r\nContent-Length: {len(BODY):020}") + BODY
+        begun = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" + STREAM + b"5\r\n"
+        dribbling = [(head() + BODY, 0), (head() + BODY, 150), (longer, 120), (STREAM + b"5\r\n", len(STREAM))]
+        dribbling = [*dribbling, (zeros, 130), (begun, len(begun) - 3)] * 30
         dribbling, deaf = Slow(service, dribbling), Slow(service, [(chunks, 0)] * 20, fast=True)
         with dribbling, deaf, Load(service.port, TRANSACTION, clients=4) as load:
             for _ in chaos.rounds("slow clients"):
@@ -114,6 +119,47 @@ def test_slow_clients(champion: str, chaos: Chaos) -> None:
         f"{len(load.answers):,} requests of others",
         f"0; the slowest took {slowest * 1000:.0f} ms",
     )
+
+
+@pytest.fixture(scope="module")
+def alone(champion: str) -> Iterator[Service]:
+    """A service of one worker."""
+    with running(champion, web_concurrency="1") as service:
+        yield service
+
+
+def test_clients_that_ask_and_never_read(alone: Service) -> None:
+    """The few threads for short requests are not for those who leave their answers unread."""
+    batch = json.dumps({"transactions": [TRANSACTION] * 40}).encode()
+    ask = head("/predict/batch", f"Content-Type: application/json\r\nContent-Length: {len(batch)}") + batch
+    slow = Slow(alone, [(ask * 2000, 0)] * 10, fast=True)
+    with slow, Load(alone.port, TRANSACTION, clients=2) as load:
+        load.wait_for(2000)
+    assert load.lost == []
+    assert max(answer.ended - answer.started for answer in load.answers) < 2
+
+
+def test_large_batches_at_once(alone: Service) -> None:
+    """A body of 4 MB can become 144 MB when it is decoded: not for all that come at the same time."""
+    body = b'{"transactions": [' + b"1," * 2_000_000 + b"1]}"
+    before = memory(alone)
+
+    def send() -> None:
+        request = urllib.request.Request(f"{alone.url}/predict/batch", body, {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            urllib.request.urlopen(request, timeout=60)
+        statuses.append(raised.value.code)
+        raised.value.close()
+
+    statuses: list[int] = []
+    threads = [threading.Thread(target=send) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    grown = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{alone.workers()[0]}/status").read_text())[1]) // 1024
+    assert {*statuses} <= {413, 503}
+    assert grown - before < 600
 
 
 def test_silent_connections_take_no_place(champion: str) -> None:
