@@ -75,11 +75,19 @@ def test_the_log_shows_the_configuration(service: Service) -> None:
 
 
 def test_credentials_in_the_address_stay_out_of_sight(champion: str, tmp_path: Path) -> None:
-    """Neither the log nor `/health` nor the reason of a failed start shows what stands before the `@`."""
+    """Nor API keys: not in the log at its most talkative, `/health`, an error, or the reason of a failed start."""
     address = champion.replace("http://", "http://user:s3cret@")
-    with running(address) as service, urllib.request.urlopen(f"{service.url}/health") as answer:
-        assert json.load(answer)["registry_uri"] == champion
-        assert "s3cret" not in service.log
+    with running(address, api_keys="s3cret-key", log_level="debug") as service:
+        with urllib.request.urlopen(f"{service.url}/health") as answer:
+            health = answer.read().decode()
+        assert json.loads(health)["registry_uri"] == champion
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret-guess"}
+        wrong = urllib.request.Request(f"{service.url}/predict", json.dumps(TRANSACTION).encode(), headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(wrong)
+        assert refused.value.code == 401
+        assert "s3cret" not in health + refused.value.read().decode() + str(refused.value.headers) + service.log
+        assert "API_KEYS='***'" in service.log
     options = config(mlflow_tracking_uri=address, model_uri=f"models:/{NAME}/99", mlflow_tracking_token="s3cret-too")
     with pytest.raises(ModelError) as raised:
         acquire(options, tmp_path, 60)
