@@ -68,8 +68,8 @@ class Worker(ThreadWorker):
     """gunicorn's threaded worker, in which whoever is slow waits apart and not for ever.
 
     A request takes a thread once it has come wholly: one of a few, as more would only contend. A long one and a stream
-    take a thread of a larger pool, where they wait for their client, as does a closing connection. A connection that
-    moves next to nothing for a while is cut, sooner where there is no place for others.
+    take a thread of a larger pool, where they wait for their client. A connection that moves next to nothing for a
+    while is cut, sooner where there is no place for others.
     """
 
     def __init__(self, *args, **kwargs):
@@ -184,9 +184,14 @@ class Worker(ThreadWorker):
     def part_from(self, conn):
         """Close, and wait up to 2 s for the client to do the same (RFC 9112, section 9.6), without a thread."""
         cut(conn.sock, socket.SHUT_WR)
-        conn.sock.setblocking(False)
-        self.parting[conn] = time.monotonic() + 2
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.linger, conn))
+        try:
+            conn.sock.setblocking(False)
+            self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.linger, conn))
+        except (OSError, ValueError):  # gunicorn has closed it, as after an error amid a response
+            self.nr_conns -= 1
+            conn.close()
+        else:
+            self.parting[conn] = time.monotonic() + 2
 
     def linger(self, conn, client):
         with suppress(OSError):

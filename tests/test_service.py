@@ -20,10 +20,12 @@ import boto3
 import mlflow
 import numpy as np
 import pytest
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
 
 import train
 from conftest import HERE, NAME, TRANSACTION, Process, Service, config, failure, free_port, get, running, wait_until
-from model import Model, ModelError, Transaction, acquire
+from model import SIGNATURE, Model, ModelError, Transaction, acquire
 
 
 def status_bytes(pid: int, key: str) -> int:
@@ -174,6 +176,40 @@ def test_broken_chunks(service: Service, path: str, kind: str, body: bytes) -> N
     assert b'"ok"' not in received
     assert b" 500 " not in received
     assert "failed" not in service.log
+
+
+def test_error_amid_a_stream(champion: str) -> None:
+    """A model that fails when answers have gone out already: that stream is cut off, and the worker goes on."""
+
+    class Fails(mlflow.pyfunc.PythonModel):
+        def predict(self, context, model_input, params=None):
+            if (model_input["amount"] == 666).any():
+                raise RuntimeError("secret detail")
+            return model_input["hour"] / 100
+
+    row = train.generate(1, 0)[0].iloc[0].to_dict()
+    with mlflow.start_run():
+        mlflow.pyfunc.log_model(
+            name="fails",
+            python_model=Fails(),
+            registered_model_name="fails",
+            signature=ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE])),
+            metadata={"threshold": 0.5, "golden": [row | {"fraud_probability": row["hour"] / 100}]},
+            pip_requirements=[],
+        )
+    options = {"model_uri": "models:/fails/1", "model_allow_unsafe": "true", "web_concurrency": "1"}
+    with running(champion, **options) as service:
+        workers = service.workers()
+        for _ in range(3):
+            with connect(service) as connection:
+                connection.sendall(STREAM + chunk(LINE * 10))
+                receive(connection, b"tx_12345")
+                connection.sendall(chunk(LINE.replace(b"150.5", b"666") * 90))
+                rest = b"".join(iter(lambda: connection.recv(2**16), b""))
+            assert b"secret" not in rest
+            assert not rest.endswith(b"0\r\n\r\n")
+        assert service.post("/predict", TRANSACTION)["fraud_probability"] == 0.14
+        assert service.workers() == workers
 
 
 def test_memory_over_a_long_stream(champion: str) -> None:
