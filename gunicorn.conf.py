@@ -109,18 +109,17 @@ class Worker(ThreadWorker):
     def enqueue_req(self, conn):
         """Give a connection on which something has come a thread of the right pool, or none yet."""
         begun = b"" if self.cfg.is_ssl else peek(conn.sock)
-        wanted = getattr(conn, "wanted", 0)
         kind = LONG if self.cfg.is_ssl or unsent(conn.sock) else kind_of(begun)
         if conn not in self.active:
             if len(self.active) >= settings.max_connections and not begun.startswith(b"GET /health"):
                 self.handle_error(None, conn.sock, conn.client, Overloaded())
                 self.part_from(conn)
                 return
-            self.active[conn] = time.monotonic(), 0
-        if kind is PART and len(begun) >= wanted:
+            self.active[conn], conn.wanted = (time.monotonic(), 0), 0
+        if kind is PART and len(begun) >= conn.wanted:
             self.wait_for_more(conn, len(begun) + 1)
         else:
-            if wanted:
+            if conn.wanted:
                 conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             conn.data_ready, conn.wanted = True, 0
             self.submit(conn, self.slow_pool if kind is LONG else self.tpool)
@@ -228,7 +227,7 @@ class Worker(ThreadWorker):
     def make_room(self, now):
         full = max(len(self.active), self.nr_conns // 2) >= settings.max_connections
         for conn, (since, moved) in list(self.active.items()):
-            if now - since >= (1 if full and getattr(conn, "wanted", 0) else settings.slow_seconds):
+            if now - since >= (1 if full and conn.wanted else settings.slow_seconds):
                 total = bytes_moved(conn.sock)
                 if total - moved < SLOW_RATE * (now - since):
                     cut(conn.sock)

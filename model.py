@@ -292,12 +292,8 @@ def _fetch(config: Config, folder: Path, name: str, number: str, release: str | 
 
 def _digest(folder: Path) -> str:
     """SHA-256 over the files of a version, as `sha256sum` prints it of each, sorted by name."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    lines = [
-        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
-        for name in names
-        if name not in ADDED_FILES
-    ]
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - ADDED_FILES
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in sorted(names)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

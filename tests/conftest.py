@@ -41,6 +41,8 @@ TRANSACTION = {
     "user_age": 35,
     "account_balance": 2500.00,
 }
+BODY = json.dumps(TRANSACTION).encode()
+LINE = BODY + b"\n"
 
 
 def config(**variables: str) -> Config:
@@ -133,6 +135,14 @@ class Service(Process):
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         booted = re.findall(r"Booting worker with pid: (\d+)", self.log)
         return [int(pid) for pid in children if pid in booted]
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def memory(self, key: str = "VmRSS") -> int:
+        """Kilobytes of all workers together: what they have, or with VmHWM had at most (man 5 proc)."""
+        texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.workers()]
+        return sum(int(re.findall(rf"{key}:\s+(\d+) kB", text)[0]) for text in texts)
 
     def folder(self) -> Path:
         """The master's folder in memory, which it keeps open."""

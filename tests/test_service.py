@@ -24,7 +24,20 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 import train
-from conftest import HERE, NAME, TRANSACTION, Process, Service, config, failure, free_port, get, running, wait_until
+from conftest import (
+    HERE,
+    LINE,
+    NAME,
+    TRANSACTION,
+    Process,
+    Service,
+    config,
+    failure,
+    free_port,
+    get,
+    running,
+    wait_until,
+)
 from model import SIGNATURE, Model, ModelError, Transaction, acquire
 
 
@@ -110,7 +123,6 @@ def test_plain_gunicorn_with_the_application_named(champion: str) -> None:
 
 # -- streams -----------------------------------------------------------------------------------------------------------
 
-LINE = json.dumps(TRANSACTION).encode() + b"\n"
 STREAM = (
     b"POST /predict/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n"
     b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
@@ -131,12 +143,8 @@ def receive(connection: socket.socket, until: bytes) -> bytes:
     return bytes(received)
 
 
-def connect(service: Service) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", service.port), timeout=20)
-
-
 def test_first_answers_come_before_the_last_line_is_sent(service: Service) -> None:
-    with connect(service) as connection:
+    with service.connect() as connection:
         connection.sendall(STREAM + chunk(LINE * 10))
         first = receive(connection, b"tx_12345")
         assert first.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -149,7 +157,7 @@ def test_client_that_leaves(service: Service) -> None:
     workers = service.workers()
     for cut in (STREAM + chunk(LINE * 100), STREAM + chunk(LINE * 100)[:-300], STREAM[:-4]):
         for _ in range(5):
-            with connect(service) as connection:
+            with service.connect() as connection:
                 connection.sendall(cut)
     assert service.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
     assert service.workers() == workers
@@ -169,7 +177,7 @@ def test_client_that_leaves(service: Service) -> None:
 def test_broken_chunks(service: Service, path: str, kind: str, body: bytes) -> None:
     """A body that lies about its chunks ends its connection; what follows on it is never taken for a request."""
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with connect(service) as connection:
+    with service.connect() as connection:
         connection.sendall(head.encode() + body + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         connection.shutdown(socket.SHUT_WR)
         received = b"".join(iter(lambda: connection.recv(2**16), b""))
@@ -201,7 +209,7 @@ def test_error_amid_a_stream(champion: str) -> None:
     with running(champion, **options) as service:
         workers = service.workers()
         for _ in range(3):
-            with connect(service) as connection:
+            with service.connect() as connection:
                 connection.sendall(STREAM + chunk(LINE * 10))
                 receive(connection, b"tx_12345")
                 connection.sendall(chunk(LINE.replace(b"150.5", b"666") * 90))
@@ -216,10 +224,6 @@ def test_memory_over_a_long_stream(champion: str) -> None:
     """300,000 lines, 45 MB: the worker needs no more memory than for the first 75,000."""
     with running(champion, web_concurrency="1") as service:
 
-        def peak() -> int:
-            text = Path(f"/proc/{service.workers()[0]}/status").read_text()
-            return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1])
-
         def send(connection: socket.socket, rows: int) -> None:
             for _ in range(rows // 5000):
                 connection.sendall(chunk(LINE * 5000))
@@ -227,7 +231,7 @@ def test_memory_over_a_long_stream(champion: str) -> None:
 
         def score(rows: int) -> int:
             answers = 0
-            with connect(service) as connection:
+            with service.connect() as connection:
                 connection.sendall(STREAM)
                 sender = threading.Thread(target=send, args=(connection, rows))
                 sender.start()
@@ -237,9 +241,9 @@ def test_memory_over_a_long_stream(champion: str) -> None:
             return answers
 
         assert score(75_000) > 74_000  # an answer cut in two by a read is not counted
-        before = peak()
+        before = service.memory("VmHWM")
         assert score(300_000) > 299_000
-        assert peak() - before < 16 * 1024
+        assert service.memory("VmHWM") - before < 16 * 1024
 
 
 def test_the_master_has_one_thread(service: Service) -> None:

@@ -1,25 +1,18 @@
 """SIGTERM: not ready any longer, requests in flight finish, idle connections are closed, exit 0 in time."""
 
 import http.client
-import json
 import signal
-import socket
 import time
 from contextlib import closing
 
-from conftest import TRANSACTION, Service, get, running, wait_until
+from conftest import BODY, TRANSACTION, get, running, wait_until
 
-BODY = json.dumps(TRANSACTION).encode()
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(BODY)
-
-
-def connect(service: Service) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", service.port), timeout=20)
 
 
 def test_drain(champion: str) -> None:
     """A request half sent at SIGTERM is answered, an idle connection is closed with nothing on it, readiness is 503."""
-    with running(champion, drain_seconds="1", graceful_timeout="20") as service, connect(service) as half:
+    with running(champion, drain_seconds="1", graceful_timeout="20") as service, service.connect() as half:
         idle = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
         with closing(idle):
             idle.request("GET", "/health/live")
@@ -45,7 +38,7 @@ def test_drain(champion: str) -> None:
 def test_clients_that_never_finish(champion: str) -> None:
     """They do not hold up the end beyond GRACEFUL_TIMEOUT, nor make it a failure."""
     with running(champion, drain_seconds="0", graceful_timeout="3", web_concurrency="1") as service:
-        with connect(service) as body, connect(service) as head, connect(service) as stream, connect(service):
+        with service.connect() as body, service.connect() as head, service.connect() as stream, service.connect():
             body.sendall(HEAD + BODY[:50])
             head.sendall(HEAD[:30])
             stream.sendall(HEAD.replace(b"Content-Length: %d" % len(BODY), b"Transfer-Encoding: chunked"))
