@@ -42,7 +42,7 @@ run: install ## train and register a model if there is none, then serve it; PORT
 	@$(WITH_ENV) $(BIN)/gunicorn
 
 .PHONY: model
-model: install ## train a model and register it as champion; ARGS="--help" shows the options
+model: install ## train, register and, if it is better, promote a model; ARGS="--help" shows the options
 	@$(WITH_ENV) $(BIN)/python train.py $(ARGS)
 
 .PHONY: serve

@@ -20,12 +20,13 @@ LOOPBACK_ONLY = "a loopback address, unless API_KEYS or ALLOW_ANONYMOUS=true is 
 # What ends a start that has not come to serving yet.
 INTERRUPTS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
+OPENMP = "OMP_NUM_THREADS"
 # What the libraries are told unless the operator says otherwise, and why.
 LIBRARY_DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a log is no terminal
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # 7, MLflow's default, takes four minutes to say that nobody is there
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "OMP_NUM_THREADS": "1",  # processes, not threads, use the cores; and a process that forks should have one thread
+    OPENMP: "1",  # processes, not threads, use the cores; and a process that forks should have one thread
     "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # where pyarrow is installed
 }
@@ -158,13 +159,14 @@ class Config:
             local = False
         return bool(self.api_keys) or self.allow_anonymous or local
 
-    def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
+    def export(self, environ: MutableMapping[str, str] = os.environ, every_core: bool = False) -> None:
         """Put into `environ` what MLflow, boto3 and the numeric libraries read from it, before they are imported."""
+        defaults = {name: value for name, value in LIBRARY_DEFAULTS.items() if not (every_core and name == OPENMP)}
         for name, value in ((item.name.upper(), getattr(self, item.name)) for item in fields(self)):
             if name.startswith(("MLFLOW_", "AWS_")):
                 environ.pop(name, None)  # an empty variable is not an absent one to boto3
                 environ.update({name: value} if value else {})
-        environ.update({name: value for name, value in LIBRARY_DEFAULTS.items() if name not in environ})
+        environ.update({name: value for name, value in defaults.items() if name not in environ})
         environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
 
     def mask(self, text: str) -> str:
@@ -186,11 +188,11 @@ def without_credentials(text: str) -> str:
     return re.sub(r"://\S*@", "://", text)
 
 
-def prepare(program: str) -> Config:
+def prepare(program: str, every_core: bool = False) -> Config:
     """The configuration, exported for libraries still to be imported; a wrong one ends the program with one line."""
     try:
         config = Config.from_environ()
     except ConfigError as error:
         sys.exit(f"{program}: {error}")
-    config.export()
+    config.export(every_core=every_core)
     return config

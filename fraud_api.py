@@ -218,7 +218,7 @@ class Health:
         if self.stopping[0]:
             raise falcon.HTTPServiceUnavailable(description="the service is stopping")
         try:
-            self.model.score(self.model.golden[:1])
+            self.model.score(self.model.metadata.golden[:1])
         except Exception:
             log.exception("the model does not score")
             raise falcon.HTTPServiceUnavailable(description="this worker cannot score") from None

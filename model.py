@@ -55,6 +55,7 @@ TRUSTED_TYPES = {
 }
 # What MLflow adds to a version's files when it is downloaded.
 ADDED_FILES = {"registered_model_meta"}
+HINT = "README: A model of your own"
 GOLDEN_TOLERANCE = 1e-6
 TREES_TOLERANCE = 1e-9
 # Numbers are cut here before forests, which compute in float32 and refuse what does not fit, see them.
@@ -120,11 +121,22 @@ class Golden(Features, frozen=True):
     fraud_probability: Annotated[float, Meta(ge=0, le=1)]
 
 
+class Reference(msgspec.Struct, frozen=True):
+    """What monitoring and explanations compare with: small numbers about the training data."""
+
+    score_deciles: Annotated[list[float], Meta(min_length=9, max_length=9)]
+    ranges: dict[str, tuple[float, float]]
+    categories: list[str]
+    transaction: Features
+
+
 class Metadata(msgspec.Struct, frozen=True):
     """What travels with the model in its `MLmodel` file (`log_model(metadata=…)`)."""
 
     threshold: Annotated[float, Meta(ge=0, le=1)]
     golden: Annotated[list[Golden], Meta(min_length=1)]
+    metrics: dict[str, float] = {}  # on the hold-out
+    reference: Reference | None = None
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -151,7 +163,7 @@ class Model:
     snapshot: Snapshot
     threshold: float
     scorer: str
-    golden: Sequence[Golden]
+    metadata: Metadata
     score: Score
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
 
@@ -255,7 +267,10 @@ def _find(config: Config, folder: Path, served: Snapshot | None) -> Snapshot | s
         if served and (name, version, release) == (served.name, served.number, served.release):
             return served
         snapshot = _fetch(config, folder, name, version, release)
-        load(snapshot, config)
+        try:
+            load(snapshot, config)
+        except ModelError as error:
+            raise ModelError(f"{error} ({HINT})") from error
         return snapshot
     except BaseException as error:
         log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
@@ -286,7 +301,7 @@ def _fetch(config: Config, folder: Path, name: str, number: str, release: str | 
     if config.model_sha256 not in (None, sha256):
         raise ModelError(f"the SHA-256 of version {number} is {sha256}, expected {config.model_sha256} (MODEL_SHA256)")
     if unsafe and not config.model_allow_unsafe:
-        raise ModelError(f"version {number} is not safe to load: {'; '.join(unsafe)} (MODEL_ALLOW_UNSAFE)")
+        raise ModelError(f"version {number} is not safe to load: {'; '.join(unsafe)} (MODEL_ALLOW_UNSAFE; {HINT})")
     return Snapshot(path, name, number, release, without_credentials(config.mlflow_tracking_uri), sha256, unsafe)
 
 
@@ -365,7 +380,7 @@ def load(snapshot: Snapshot, config: Config) -> Model:
     scorer, score = _scorer(pyfunc, metadata.golden)
     _check_golden(score, metadata.golden)
     threshold = metadata.threshold if config.fraud_threshold is None else config.fraud_threshold
-    return Model(snapshot, threshold, scorer, metadata.golden, score)
+    return Model(snapshot, threshold, scorer, metadata, score)
 
 
 def _check_signature(metadata: Any) -> None:

@@ -160,7 +160,7 @@ def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[st
     found: dict[tuple[str, ...], list[float]] = defaultdict(list)
     bodies = write_bodies(folder)
     estimator = mlflow.sklearn.load_model("models:/bench-150@champion")
-    rows = [Features(**row) for row in train.generate(LINES, 7)[0].to_dict("records")]
+    rows = [Features(**row) for row in train.generate(LINES, 7).rows.to_dict("records")]
     array = TreeScore(estimator).array(rows)
     with ExitStack() as stack:
         say("starting the servers")
@@ -193,7 +193,7 @@ def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[st
 
 def write_bodies(folder: Path) -> dict[str, Path]:
     """The requests, as files. name: path"""
-    records = train.generate(LINES, 7)[0].to_dict("records")
+    records = train.generate(LINES, 7).rows.to_dict("records")
     rows = [{"transaction_id": f"tx_{number:06}", **row} for number, row in enumerate(records)]
     contents = {
         "one": json.dumps(rows[0]),
@@ -313,6 +313,15 @@ def machine() -> str:
     return f"{len(CORES)} cores ({model[1] if model else 'unknown'}), Python {sys.version.split()[0]}"
 
 
+def register(trees: int) -> None:
+    """A model of so many trees as champion of a name of its own."""
+    sample, name = train.generate(100_000, 0), f"bench-{trees}"
+    pipeline = train.pipeline(trees, 0).fit(sample.rows, sample.labels)
+    with mlflow.start_run():
+        version = train.register(pipeline, train.metadata(pipeline, sample.rows, 0.5), name)
+    train.promote(name, version, None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)")
@@ -329,7 +338,7 @@ def main() -> None:
         train.use_experiment("bench", uri)
         for trees in TREES:
             say(f"training {trees} trees")
-            train.train(100_000, trees, 0, f"bench-{trees}", None)
+            register(trees)
         found = measure(folder, options.rounds, options.seconds, options.port)
         say("memory and start of a worker")
         memory = processes(folder, options.port)

@@ -117,12 +117,14 @@ class Process:
 class Service(Process):
     """The service, run by the plain gunicorn command."""
 
-    def __init__(self, registry: str, python: str = sys.executable, cwd: Path = HERE, **variables: str) -> None:
+    def __init__(
+        self, registry: str, *words: str, python: str = sys.executable, cwd: Path = HERE, **variables: str
+    ) -> None:
         environ = {"MLFLOW_TRACKING_URI": registry, "PORT": str(free_port()), "DRAIN_SECONDS": "0"}
         environ |= {name.upper(): value for name, value in variables.items()}
         self.port = int(environ["PORT"])
         self.url = f"http://{environ.get('HOST', '127.0.0.1')}:{self.port}"
-        super().__init__(str(Path(python).with_name("gunicorn")), environ=environ, cwd=cwd)
+        super().__init__(str(Path(python).with_name("gunicorn")), *words, environ=environ, cwd=cwd)
 
     def post(self, path: str, body: object) -> dict[str, object]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -151,9 +153,9 @@ class Service(Process):
 
 
 @contextmanager
-def running(registry: str, **options: str) -> Iterator[Service]:
+def running(registry: str, *words: str, **options: str) -> Iterator[Service]:
     """A service that is ready; stopped in the end."""
-    service = Service(registry, **options)
+    service = Service(registry, *words, **options)
     try:
         service.wait_answer(f"{service.url}/health/ready")
         if options.get("log_level", "info") == "info":
@@ -195,21 +197,24 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
 
 
+def trained(registry: str, *options: str) -> int:
+    """Train a small model by the command line's options, and give the exit status."""
+    words = ["--rows", "20000", "--trees", "30", "--budget", "1", *options]
+    return train.run(train.arguments(words), config(mlflow_tracking_uri=registry))
+
+
 @pytest.fixture(scope="session")
 def champion(registry: str) -> str:
     """The registry, with a small model trained by the project in it: version 1, release v1.2.3, alias champion."""
-    train.train(rows=20_000, trees=30, seed=0, name=NAME, release="v1.2.3")
+    assert trained(registry, "--release", "v1.2.3") == 0
     return registry
 
 
 @pytest.fixture(scope="session")
 def second(champion: str) -> str:
     """The number of another version in the registry, release v2, that scores otherwise. The alias stays."""
-    train.train(rows=20_000, trees=20, seed=1, name=NAME, release="v2")
-    client = MlflowClient(champion)
-    number = client.get_model_version_by_alias(NAME, "champion").version
-    client.set_registered_model_alias(NAME, "champion", "1")
-    return str(number)
+    assert trained(champion, "--trees", "20", "--seed", "1", "--release", "v2", "--promote", "never") == 0
+    return str(max(int(found.version) for found in MlflowClient(champion).search_model_versions(f"name='{NAME}'")))
 
 
 @pytest.fixture(scope="session")

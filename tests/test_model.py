@@ -49,7 +49,8 @@ from model import (
     new_folder,
 )
 
-DATA, LABELS, _ = train.generate(6000, seed=1)
+SAMPLE = train.generate(6000, seed=1)
+DATA, LABELS = SAMPLE.rows, SAMPLE.labels
 SIGNED = ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE]))
 ORDINAL = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
 ONE_HOT = OneHotEncoder(handle_unknown="ignore")

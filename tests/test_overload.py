@@ -171,14 +171,14 @@ def test_silent_connections_take_no_place(champion: str) -> None:
 @pytest.fixture(scope="module")
 def slow_model(champion: str) -> str:
     """A model that is scored through a DataFrame, 200 times a second and core: ten times as much can be asked of it."""
-    data, labels, _ = train.generate(5000, 0)
+    sample = train.generate(5000, 0)
     columns = make_column_transformer(
         (OneHotEncoder(handle_unknown="ignore"), [CATEGORY]), (StandardScaler(), [*NUMBERS])
     )
-    estimator = make_pipeline(columns, LogisticRegression(max_iter=500)).fit(data, labels)
+    estimator = make_pipeline(columns, LogisticRegression(max_iter=500)).fit(sample.rows, sample.labels)
     with mlflow.start_run():
-        train.register(estimator, data, 0.5, "slow", None)
-    return "models:/slow@champion"
+        train.register(estimator, train.metadata(estimator, sample.rows, 0.5), "slow")
+    return "models:/slow/1"
 
 
 async def ask(port: int, outcomes: list[tuple[str, float]]) -> None:

@@ -18,6 +18,7 @@ from sklearn.preprocessing import FunctionTransformer
 from conftest import NAME, TRANSACTION, config, failure, running
 from model import ModelError, Snapshot, acquire
 
+SEE = "(MODEL_ALLOW_UNSAFE; README: A model of your own)"
 Poison = Callable[[Path, dict[str, Any], str], None]
 Poisoned = Callable[[Poison], tuple[str, Path]]
 
@@ -119,7 +120,7 @@ def test_refused(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Pois
     uri, canary = poisoned(poison)
     with pytest.raises(ModelError) as raised:
         acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path, 60)
-    reason = f"version {uri.rpartition('/')[2]} is not safe to load: {found} (MODEL_ALLOW_UNSAFE)"
+    reason = f"version {uri.rpartition('/')[2]} is not safe to load: {found} {SEE}"
     assert str(raised.value) == f"{uri} at {champion}: {reason}"
     assert not canary.exists()
 
@@ -127,7 +128,7 @@ def test_refused(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Pois
 def test_refused_at_start(champion: str, poisoned: Poisoned) -> None:
     uri, canary = poisoned(a_pickle)
     status, _, lines = failure(champion, model_uri=uri)
-    reason = "is not safe to load: serialization_format is pickle, expected skops (MODEL_ALLOW_UNSAFE)"
+    reason = f"is not safe to load: serialization_format is pickle, expected skops {SEE}"
     assert (status, lines) == (1, [f"cannot serve {uri} at {champion}: version {uri.rpartition('/')[2]} {reason}"])
     assert not canary.exists()
 
