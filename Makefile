@@ -50,8 +50,9 @@ serve: install ## serve the registered model
 	@$(WITH_ENV) $(BIN)/gunicorn
 
 .PHONY: test
-test: install ## run all tests
-	$(BIN)/python -m pytest
+test: install ## run all tests, most of them two at a time
+	$(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m alone
 
 .PHONY: chaos
 chaos: install ## kill, cut off, overload and confuse it for 5 minutes and write what was lost into README.md

@@ -168,6 +168,7 @@ class Config:
                 environ.update({name: value} if value else {})
         environ.update({name: value for name, value in defaults.items() if name not in environ})
         environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
+        environ.update(MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true")  # with its credentials
 
     def mask(self, text: str) -> str:
         """`text` without secrets of this configuration and credentials in addresses: for what libraries say."""
@@ -186,6 +187,11 @@ class Config:
 def without_credentials(text: str) -> str:
     """The text, its addresses without user name and password (RFC 3986, section 3.2.1)."""
     return re.sub(r"://\S*@", "://", text)
+
+
+def share_metrics(folder: str) -> None:
+    """Tell prometheus_client where all processes have their metrics; it looks for that in the environment only."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
 
 
 def prepare(program: str, every_core: bool = False) -> Config:

@@ -8,20 +8,24 @@ import re
 import sys
 import threading
 import time
-import uuid
+from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import sha256
+from pathlib import Path
+from random import getrandbits
 from typing import Any, TypeVar, get_type_hints
 
 import falcon
 import msgspec
 from msgspec import UNSET, UnsetType
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from config import Config
-from model import Model, Snapshot, Transaction, TransactionId, load
+from model import COALITIONS, Explanation, Floats, Model, Snapshot, Transaction, TransactionId, load
+from telemetry import RECORD, ROUTE, Drift, Metrics
 
 log = logging.getLogger("gunicorn.error")
 
@@ -31,6 +35,8 @@ Body = TypeVar("Body")
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 PROBLEM = "application/problem+json"
+HERE = Path(__file__).parent
+INLINE = re.compile(rb"<(style|script)>(.*?)</", re.S)
 
 # A stream is read in pieces that grow from the first size, so that the first answers come at once, to the last, about
 # 6,000 rows: scikit-learn's overhead of 1.5 ms a call is then 0.25 µs a row, the memory of a stream some 5 MB.
@@ -39,13 +45,19 @@ FIRST_READ, LAST_READ = 2**10, 2**20
 # Larger JSON batches are decoded and scored one at a time in a worker: a body can become 36 times as much in memory.
 SMALL = 2**14
 
+# Rows that are explained at a time: each is scored as 64 rows, which take memory.
+EXPLAINED = 100
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
 # What a body can do to a decoder: break JSON, break UTF-8, nest without end.
 MALFORMED = (msgspec.DecodeError, ValueError, RecursionError)
 
-# What `gunicorn.conf.py` sets in the master, for the workers forked from it: the snapshot to serve, and a byte in
-# shared memory that says whether the service is stopping.
+# What `gunicorn.conf.py` sets in the master, for the workers forked from it: the snapshot to serve, a byte in shared
+# memory that says whether the service is stopping, and the metrics of all of them.
 snapshot: Snapshot | None = None
 stopping: Sequence[int] = b"\0"
+metrics: Metrics | None = None
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
@@ -57,6 +69,7 @@ class Prediction(msgspec.Struct, frozen=True, gc=False):
     confidence: float
     model_version: str
     prediction_time: datetime
+    explanation: Explanation | UnsetType = UNSET
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +96,12 @@ class Predictions(msgspec.Struct, frozen=True):
 
     predictions: list[Prediction]
     errors: list[Problem]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The answer of a probe."""
+
+    status: str = "ok"
 
 
 class Identified(msgspec.Struct, frozen=True):
@@ -113,18 +132,31 @@ _schema = msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"]
 RULES = {"transactions": "a list of transactions"} | {name: rule["description"] for name, rule in _schema.items()}
 
 
-def create_app(config: Config, model: Model, stopping: Sequence[int] = b"\0") -> App:
-    """The WSGI application that serves `model`. It reads nothing but its arguments.
+def create_app(config: Config, model: Model, stopping: Sequence[int] = b"\0", metrics: Metrics | None = None) -> App:
+    """The WSGI application that serves `model`. It reads nothing but its arguments and the files beside it.
 
     It is not ready any longer when `stopping[0]` is true.
     """
-    app = falcon.App(media_type=JSON, middleware=[Authorization(config.api_keys)] if config.api_keys else None)
-    app.add_route("/predict", Predict(config, model))
-    app.add_route("/predict/batch", PredictBatch(config, model))
-    health = Health(model, stopping)
-    app.add_route("/health", health)
-    app.add_route("/health/live", health, suffix="live")
-    app.add_route("/health/ready", health, suffix="ready")
+    metrics = metrics or Metrics()
+    predictor, health = Predictor(model, metrics), Health(model, stopping)
+    page = HERE.joinpath("page.html").read_bytes()
+    routes = {
+        "/": Document(page, "text/html; charset=utf-8", {"Content-Security-Policy": policy(page)}),
+        "/predict": Predict(config, predictor),
+        "/predict/batch": PredictBatch(config, predictor),
+        "/health": health,
+        "/health/live": health,
+        "/health/ready": health,
+        "/metrics": Scrape(model, metrics),
+        "/openapi.json": Document(openapi(config), JSON),
+        "/version": Document(version(), JSON),
+    }
+    middleware: list[Any] = [Identification(model, {*routes})]
+    if config.api_keys:
+        middleware.append(Authorization(config.api_keys))
+    app = falcon.App(media_type=JSON, middleware=middleware)
+    for path, resource in routes.items():
+        app.add_route(path, resource, suffix={"/health/live": "live", "/health/ready": "ready"}.get(path))
     app.add_error_handler(Exception, _unexpected)
     app.add_error_handler(falcon.HTTPError, _expected)
     app.add_error_handler(ConnectionResetError, _hang_up)
@@ -136,7 +168,23 @@ def get_app() -> App:
     if snapshot is None:
         raise RuntimeError("start with gunicorn and gunicorn.conf.py, without --preload")
     config = Config.from_environ()
-    return create_app(config, load(snapshot, config), stopping)
+    return create_app(config, load(snapshot, config), stopping, metrics)
+
+
+class Identification:
+    """Gives every request an id, the client's own if it is a sane one: in the answer, in problems and in the log."""
+
+    def __init__(self, model: Model, routes: Collection[str]) -> None:
+        self.version, self.routes = model.snapshot.version, routes
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        environ = req.env
+        request_id = environ.get("HTTP_X_REQUEST_ID")
+        if request_id is None or not REQUEST_ID.fullmatch(request_id):
+            request_id = f"{getrandbits(128):032x}"  # not os.urandom: it would hand the GIL over
+        environ[RECORD] = {"request_id": request_id, "model_version": self.version}
+        environ[ROUTE] = req.path if req.path in self.routes else "-"
+        resp.set_header("X-Request-ID", request_id)
 
 
 class Authorization:
@@ -162,43 +210,110 @@ class Authorization:
 class Predict:
     """`POST /predict`"""
 
-    def __init__(self, config: Config, model: Model) -> None:
-        self.max_bytes, self.model = config.max_body_bytes, model
+    def __init__(self, config: Config, predictor: "Predictor") -> None:
+        self.max_bytes, self.predictor = config.max_body_bytes, predictor
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        body = read_json(req, self.max_bytes)
-        transaction = decode(decode_transaction, body)
-        resp.data = encode(predict(self.model, [transaction])[0])
+        explain = self.predictor.asked_to_explain(req)
+        transaction = decode(decode_transaction, read_json(req, self.max_bytes))
+        [prediction] = self.predictor([transaction], explain)
+        record = req.env[RECORD]
+        record["transaction_id"], record["is_fraud"] = prediction.transaction_id, prediction.is_fraud
+        record["fraud_probability"] = prediction.fraud_probability
+        resp.data = encode(prediction)
 
 
 class PredictBatch:
     """`POST /predict/batch`: a JSON document, or a stream of JSON lines."""
 
-    def __init__(self, config: Config, model: Model) -> None:
-        self.config, self.model, self.turn = config, model, threading.Lock()
+    def __init__(self, config: Config, predictor: "Predictor") -> None:
+        self.config, self.predictor, self.turn = config, predictor, threading.Lock()
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        batch = Counted(self.predictor, self.predictor.asked_to_explain(req), req.env[RECORD])
         if media_type(req) == NDJSON:
-            resp.content_type, resp.stream = NDJSON, score_stream(self.model, req.stream, self.config.max_line_bytes)
+            resp.content_type, resp.stream = NDJSON, score_stream(batch, req.stream, self.config.max_line_bytes)
             return
         body = read_json(req, self.config.max_body_bytes)
-        if len(body) <= SMALL:
-            resp.data = self.score(body)
+        if len(body) <= SMALL and not batch.explain:
+            resp.data = self.score(batch, body)
         elif self.turn.acquire(timeout=self.config.max_wait_ms / 1000):
             try:
-                resp.data = self.score(body)
+                resp.data = self.score(batch, body)
             finally:
                 self.turn.release()
         else:
             raise falcon.HTTPServiceUnavailable(retry_after=1)
 
-    def score(self, body: bytes) -> bytes:
+    def score(self, batch: "Counted", body: bytes) -> bytes:
         raws = decode(decode_batch, body).transactions
-        if len(raws) > self.config.max_batch_size:
-            raise falcon.HTTPContentTooLarge(description=f"more than {self.config.max_batch_size} transactions")
+        most = self.config.max_batch_size // (len(COALITIONS) if batch.explain else 1)  # of rows to score
+        if len(raws) > most:
+            raise falcon.HTTPContentTooLarge(description=f"more than {most} transactions")
         rows = decode_rows(raws)
-        predictions = predict(self.model, [row for row in rows if isinstance(row, Transaction)])
+        predictions = batch.predict(rows)
+        batch.end()
         return encode(Predictions(predictions, [row for row in rows if isinstance(row, Problem)]))
+
+
+class Predictor:
+    """Transactions → predictions, counted."""
+
+    def __init__(self, model: Model, metrics: Metrics) -> None:
+        self.model, self.metrics, reference = model, metrics, model.metadata.reference
+        metrics.drift = Drift(reference, model.snapshot.version, metrics) if reference else None
+
+    def asked_to_explain(self, req: falcon.Request) -> bool:
+        asked = req.get_param("explain", default="false") if req.query_string else "false"
+        if asked not in ("true", "false"):
+            raise InvalidBody(422, "explain: expected true or false", "explain")
+        if asked == "true" and self.model.metadata.reference is None:
+            raise InvalidBody(422, "explain: this model has no reference transaction", "explain")
+        return asked == "true"
+
+    def __call__(self, rows: Sequence[Transaction], explain: bool = False) -> list[Prediction]:
+        """Score transactions in one call, or to explain them in a few; predictions come in the same order."""
+        if not rows:
+            return []
+        if explain:
+            parts = [self.explain(rows[start : start + EXPLAINED]) for start in range(0, len(rows), EXPLAINED)]
+            return [prediction for part in parts for prediction in part]
+        return self.decide(rows, self.model.score(rows))
+
+    def explain(self, rows: Sequence[Transaction]) -> list[Prediction]:
+        scores, explanations = self.model.explain(rows)
+        pairs = zip(self.decide(rows, scores), explanations, strict=True)
+        return [msgspec.structs.replace(prediction, explanation=explanation) for prediction, explanation in pairs]
+
+    def decide(self, rows: Sequence[Transaction], scores: Floats) -> list[Prediction]:
+        now = datetime.now(UTC).replace(microsecond=0)
+        version, threshold = self.model.snapshot.version, self.model.threshold
+        predictions = [
+            Prediction(row.transaction_id, p >= threshold, p, p if p > 0.5 else 1 - p, version, now)
+            for row, p in zip(rows, scores.tolist(), strict=True)
+        ]
+        self.metrics.count(rows, scores, sum(prediction.is_fraud for prediction in predictions))
+        return predictions
+
+
+class Counted:
+    """A batch or a stream, with its counts for the log and the metrics."""
+
+    def __init__(self, predictor: Predictor, explain: bool, record: dict[str, Any]) -> None:
+        self.predictor, self.explain, self.record = predictor, explain, record
+        record |= {"rows": 0, "fraud": 0, "invalid": 0}
+
+    def predict(self, rows: Sequence[Transaction | Problem]) -> list[Prediction]:
+        """Predictions for what could be read, in order."""
+        predictions = self.predictor([row for row in rows if isinstance(row, Transaction)], self.explain)
+        self.record["rows"] += len(rows)
+        self.record["fraud"] += sum(prediction.is_fraud for prediction in predictions)
+        self.record["invalid"] += len(rows) - len(predictions)
+        return predictions
+
+    def end(self) -> None:
+        self.predictor.metrics.batch_rows.observe(self.record["rows"])
+        self.predictor.metrics.rows.labels("invalid").inc(self.record["invalid"])
 
 
 class Health:
@@ -212,7 +327,7 @@ class Health:
         resp.data = encode({"status": "ok", **self.model.facts(), "uptime_seconds": uptime})
 
     def on_get_live(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.data = encode({"status": "ok"})
+        resp.data = encode(Status())
 
     def on_get_ready(self, req: falcon.Request, resp: falcon.Response) -> None:
         if self.stopping[0]:
@@ -222,34 +337,71 @@ class Health:
         except Exception:
             log.exception("the model does not score")
             raise falcon.HTTPServiceUnavailable(description="this worker cannot score") from None
-        resp.data = encode({"status": "ok"})
+        resp.data = encode(Status())
 
 
-def predict(model: Model, transactions: Sequence[Transaction]) -> list[Prediction]:
-    """Score transactions in one call; predictions come in the same order."""
-    if not transactions:
-        return []
-    now = datetime.now(UTC).replace(microsecond=0)
-    version, threshold = model.snapshot.version, model.threshold
-    return [
-        Prediction(row.transaction_id, p >= threshold, p, p if p > 0.5 else 1 - p, version, now)
-        for row, p in zip(transactions, model.score(transactions).tolist(), strict=True)
-    ]
+class Scrape:
+    """`GET /metrics`"""
+
+    def __init__(self, model: Model, metrics: Metrics) -> None:
+        self.model, self.metrics = model, metrics
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.content_type, resp.data = CONTENT_TYPE_PLAIN_0_0_4, self.metrics.text(self.model)
 
 
-def score_stream(model: Model, stream: Any, longest: int) -> Iterator[bytes]:
+class Document:
+    """`GET /`, `/openapi.json`, `/version`: what is the same as long as the worker lives."""
+
+    def __init__(self, body: bytes, media_type: str, headers: Mapping[str, str] | None = None) -> None:
+        self.body, self.media_type = body, media_type
+        self.headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"} | dict(headers or {})
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.content_type, resp.data = self.media_type, self.body
+        resp.set_headers(self.headers)
+
+
+def policy(page: bytes) -> str:
+    """Let a page run its own script, have its own style and ask this service, and nothing else (W3C CSP, level 3)."""
+    digests = {tag: b64encode(sha256(text).digest()).decode() for tag, text in re.findall(INLINE, page)}
+    own = "; ".join(f"{tag.decode()}-src 'sha256-{digest}'" for tag, digest in digests.items())
+    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return f"default-src 'none'; {own}; {rest}"
+
+
+def openapi(config: Config) -> bytes:
+    """OpenAPI 3.1: paths as openapi.json has them, and the schemas that requests and answers are made with."""
+    document = json.loads(HERE.joinpath("openapi.json").read_bytes())
+    types = (Transaction, Batch, Prediction, Predictions, Problem, Status)
+    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    document["components"]["schemas"] = schemas
+    for path in ("/predict", "/predict/batch"):
+        document["paths"][path]["post"]["security"] = [{"key": []}] if config.api_keys else []
+    return encode(document)
+
+
+def version() -> bytes:
+    """What the image build has written (https://github.com/mozilla-services/Dockerflow)."""
+    with suppress(FileNotFoundError):
+        return HERE.joinpath("version.json").read_bytes()
+    return encode(dict.fromkeys(("source", "version", "commit", "build"), ""))
+
+
+def score_stream(batch: Counted, stream: Any, longest: int) -> Iterator[bytes]:
     """JSON lines in, as they come; for each a line out, a prediction or a problem, in order, in constant memory."""
-    count = 0
-    for lines in read_lines(stream, longest):
-        answers = score_lines(model, lines, count, longest)
-        count += len(lines)
-        lines.clear()  # whoever reads slowly keeps no more in memory than what he has to read
-        yield answers
+    try:
+        for lines in read_lines(stream, longest):
+            answers = score_lines(batch, lines, longest)
+            lines.clear()  # whoever reads slowly keeps no more in memory than what he has to read
+            yield answers
+    finally:
+        batch.end()
 
 
-def score_lines(model: Model, lines: Sequence[bytes], first: int, longest: int) -> bytes:
-    rows = decode_rows(lines, first, longest)
-    predictions = iter(predict(model, [row for row in rows if isinstance(row, Transaction)]))
+def score_lines(batch: Counted, lines: Sequence[bytes], longest: int) -> bytes:
+    rows = decode_rows(lines, batch.record["rows"], longest)
+    predictions = iter(batch.predict(rows))
     return encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
 
 
@@ -373,17 +525,17 @@ def problem(error: falcon.HTTPError, **more: Any) -> Problem:
     return Problem(title=title, status=error.status_code, detail=error.description or UNSET, field=field, **more)
 
 
-def send(resp: falcon.Response, error: falcon.HTTPError, **more: Any) -> None:
+def send(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError) -> None:
     """Answer with a problem (RFC 9457)."""
     resp.status = error.status
     resp.set_headers(error.headers or {})
     resp.content_type = PROBLEM
-    resp.data = encode(problem(error, **more))
+    resp.data = encode(problem(error, request_id=req.env[RECORD]["request_id"]))
 
 
-def _expected(req: Any, resp: falcon.Response, error: falcon.HTTPError, params: Any) -> None:
+def _expected(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: Any) -> None:
     """What Falcon and the handlers raise on purpose."""
-    send(resp, error)
+    send(req, resp, error)
 
 
 def _hang_up(req: Any, resp: Any, error: ConnectionResetError, params: Any) -> None:
@@ -393,6 +545,5 @@ def _hang_up(req: Any, resp: Any, error: ConnectionResetError, params: Any) -> N
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:
     """A mistake of ours: details in the log, the request's id to the client."""
-    request_id = uuid.uuid4().hex
-    log.error("request %s: %s %s failed", request_id, req.method, req.path, exc_info=error)
-    send(resp, falcon.HTTPInternalServerError(), request_id=request_id)
+    log.error("request %s: %s %s failed", req.env[RECORD]["request_id"], req.method, req.path, exc_info=error)
+    send(req, resp, falcon.HTTPInternalServerError())

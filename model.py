@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import select
 import shutil
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, product
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -97,8 +98,10 @@ class Transaction(Features, frozen=True, gc=False):
 
 
 CATEGORY = "merchant_category"
-NUMBERS = tuple(name for name in Features.__struct_fields__ if name != CATEGORY)
-_all_values = attrgetter(*Features.__struct_fields__)
+FIELDS = Features.__struct_fields__
+NUMBERS = tuple(name for name in FIELDS if name != CATEGORY)
+MONEY = ("amount", "account_balance")
+_all_values = attrgetter(*FIELDS)
 _numbers = attrgetter(*NUMBERS)
 
 
@@ -113,6 +116,14 @@ SIGNATURE = [
     for name, schema in msgspec.json.schema(Features)["$defs"]["Features"]["properties"].items()
 ]
 DTYPES = {"string": "object", "long": "int64", "double": "float64"}
+
+
+# All coalitions of fields (64 × 6), in the order of itertools.product, and their weights for each field (64 × 6).
+COALITIONS = np.array([*product((False, True), repeat=len(FIELDS))])
+_orders = [math.factorial(size) * math.factorial(len(FIELDS) - 1 - size) for size in range(len(FIELDS))]
+SHAPLEY_WEIGHTS = np.array(
+    [[_orders[sum(c) - 1] if taken else -_orders[sum(c)] for taken in c] for c in COALITIONS.tolist()]
+) / math.factorial(len(FIELDS))
 
 
 class Golden(Features, frozen=True):
@@ -137,6 +148,23 @@ class Metadata(msgspec.Struct, frozen=True):
     golden: Annotated[list[Golden], Meta(min_length=1)]
     metrics: dict[str, float] = {}  # on the hold-out
     reference: Reference | None = None
+
+
+class Contribution(msgspec.Struct, frozen=True):
+    """How much of a probability is owed to one field: its Shapley value."""
+
+    field: str
+    value: float
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """The probability of the reference transaction, and what each field adds to it, the largest first.
+
+    Together they are the probability.
+    """
+
+    base_value: float
+    contributions: list[Contribution]
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -165,6 +193,7 @@ class Model:
     scorer: str
     metadata: Metadata
     score: Score
+    load_seconds: float
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
 
     def facts(self) -> dict[str, Any]:
@@ -179,7 +208,25 @@ class Model:
             "threshold": self.threshold,
             "scorer": self.scorer,
             "loaded_at": self.loaded_at,
+            "metrics": self.metadata.metrics,
         }
+
+    def explain(self, rows: Sequence[Features]) -> tuple[Floats, list[Explanation]]:
+        """Probabilities, and the exact Shapley values behind them against the reference transaction.
+
+        A coalition takes some fields from the row and the others from the reference; a field's value is the mean of
+        what it adds to coalitions, weighted as if fields came in random order (Shapley 1953; Lundberg and Lee 2017).
+        """
+        if self.metadata.reference is None:
+            raise ValueError("the model has no reference transaction")
+        background = _all_values(self.metadata.reference.transaction)
+        mixed = [Features(*v) for row in rows for v in product(*zip(background, _all_values(row), strict=True))]
+        worth = self.score(mixed).reshape(len(rows), len(COALITIONS))
+        found = [
+            sorted(map(Contribution, FIELDS, values), key=lambda each: -abs(each.value))
+            for values in (worth @ SHAPLEY_WEIGHTS).tolist()
+        ]
+        return worth[:, -1], [Explanation(base, each) for base, each in zip(worth[:, 0].tolist(), found, strict=True)]
 
 
 # -- registry → memory, in the master ----------------------------------------------------------------------------------
@@ -266,7 +313,7 @@ def _find(config: Config, folder: Path, served: Snapshot | None) -> Snapshot | s
         name, version, release = _resolve(config)
         if served and (name, version, release) == (served.name, served.number, served.release):
             return served
-        snapshot = _fetch(config, folder, name, version, release)
+        snapshot = fetch(config, folder, name, version, release)
         try:
             load(snapshot, config)
         except ModelError as error:
@@ -293,7 +340,7 @@ def _resolve(config: Config) -> tuple[str, str, str | None]:
     return name, number, client.get_model_version(name, number).tags.get("release")
 
 
-def _fetch(config: Config, folder: Path, name: str, number: str, release: str | None) -> Snapshot:
+def fetch(config: Config, folder: Path, name: str, number: str, release: str | None) -> Snapshot:
     """Download a version's files and decide whether they are to be trusted."""
     folder.mkdir()
     path = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{number}", dst_path=str(folder))
@@ -371,6 +418,7 @@ def _lock(folder: Path) -> int | None:
 
 def load(snapshot: Snapshot, config: Config) -> Model:
     """Load a snapshot through MLflow and check that it keeps its promises: signature, probabilities, golden rows."""
+    started = time.monotonic()
     pyfunc = mlflow.pyfunc.load_model(snapshot.path)
     _check_signature(pyfunc.metadata)
     try:
@@ -380,7 +428,7 @@ def load(snapshot: Snapshot, config: Config) -> Model:
     scorer, score = _scorer(pyfunc, metadata.golden)
     _check_golden(score, metadata.golden)
     threshold = metadata.threshold if config.fraud_threshold is None else config.fraud_threshold
-    return Model(snapshot, threshold, scorer, metadata, score)
+    return Model(snapshot, threshold, scorer, metadata, score, time.monotonic() - started)
 
 
 def _check_signature(metadata: Any) -> None:
@@ -447,7 +495,7 @@ def frame(rows: Sequence[Features]) -> pd.DataFrame:
     """The rows as the DataFrame that models are trained on. Amounts beyond any real one are cut."""
     columns = zip(*map(_all_values, rows), strict=True)
     data = {name: np.array(values, DTYPES[kind]) for (name, kind), values in zip(SIGNATURE, columns, strict=True)}
-    for name in ("amount", "account_balance"):
+    for name in MONEY:
         data[name] = data[name].clip(-LARGEST, LARGEST)
     return pd.DataFrame(data)
 

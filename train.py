@@ -11,26 +11,29 @@ champion's on the same rows → a version in the registry → the alias, if the 
 """
 
 import argparse
-import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 
-from config import Config, prepare
+from config import Config, prepare, without_credentials
 
 NOT_PROMOTED = 3
 
 
-def _number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not low <= (number := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return float(number) if kind is float else number
+def _number(low: float, high: float = sys.float_info.max, kind: type = float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not low <= (found := kind(text)) <= high:
+            limit = f"from {low:g} to {high:g}" if high < sys.float_info.max else f"{low:g} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
+        return float(found) if kind is float else found
 
-    return parse
+    return number
 
 
-def _cost_missed(text: str) -> float | None:
-    return None if text == "amount" else _number(0)(text)
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[\w. -]+", text):
+        raise argparse.ArgumentTypeError("expected letters, digits, _ . - and spaces")
+    return text
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -47,25 +50,35 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--rows", type=whole, default=250_000, help="how many to generate (default %(default)s)")
     held = "share of the rows to measure on; a fifth of the others is for validation (default %(default)s)"
     add("--test-size", metavar="SHARE", type=share, default=0.2, help=held)
-    add("--time-column", metavar="NAME", help="hold out the latest rows by this column; without it, random ones")
-    add("--in-order", action="store_true", help="hold out the last rows, as the file is in the order of time")
+    order = "validate on and hold out the latest rows by this column; without it, the same random ones every time"
+    add("--time-column", metavar="NAME", help=order)
+    add("--in-order", action="store_true", help="the same, as the rows are in the order of time")
     add("--seed", type=_number(0, 2**32 - 1, int), default=0, help="of all that is random (default %(default)s)")
     add = parser.add_argument_group("model").add_argument
     add("--trees", type=whole, default=150, help="more take longer to score (default %(default)s)")
     budget = "sets of hyper-parameters that are compared by cross-validation; 1 compares none (default %(default)s)"
     add("--budget", type=whole, default=8, help=budget)
     add = parser.add_argument_group("threshold, in the currency of the amounts").add_argument
-    missed = "what a fraud costs that is not flagged (default %(default)s: what it amounts to)"
-    add("--cost-missed", metavar="MONEY", type=_cost_missed, default="amount", help=missed)
+    add(
+        "--cost-missed", metavar="MONEY", type=money, help="what a fraud costs that is not flagged (default its amount)"
+    )
     add("--cost-review", metavar="MONEY", type=money, default=5.0, help="what an alert costs (default %(default).2f)")
-    add("--max-alert-rate", metavar="SHARE", type=_number(0, 1), default=1.0, help="flag no greater share of rows")
+    add(
+        "--max-alert-rate", metavar="SHARE", type=_number(0, 1), default=1.0, help="flag no more of the validation rows"
+    )
     add = parser.add_argument_group("registry").add_argument
-    add("--name", default="fraud-detector", help="registered model (default %(default)s)")
-    add("--release", metavar="v1.2.3", help="tag of the version, which predictions are signed with")
+    add("--name", type=_name, default="fraud-detector", help="registered model (default %(default)s)")
+    add("--release", type=_name, metavar="v1.2.3", help="tag of the version, which predictions are signed with")
     when = "when the version becomes champion (default %(default)s)"
     add("--promote", choices=["if-better", "always", "never"], default="if-better", help=when)
     add("--if-missing", action="store_true", help="do nothing if there is a champion")
-    return parser.parse_args(words)
+    found = parser.parse_args(words)
+    given = {name for name, value in vars(found).items() if value != parser.get_default(name)}
+    if found.command == "rollback" and given - {"command", "name"}:
+        parser.error("rollback takes no option but --name")
+    if found.time_column and (found.in_order or not found.data):
+        parser.error("--time-column: expected with --data and without --in-order")
+    return found
 
 
 if __name__ == "__main__":  # before the libraries are imported: they read the environment then
@@ -109,14 +122,16 @@ from sklearn.model_selection import (
     StratifiedKFold,
     TimeSeriesSplit,
     cross_val_score,
-    train_test_split,
 )
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
+from sqlalchemy.exc import SQLAlchemyError
 
 from model import (
     CATEGORY,
     DTYPES,
+    LARGEST,
+    MONEY,
     NUMBERS,
     SIGNATURE,
     TRUSTED_TYPES,
@@ -128,7 +143,7 @@ from model import (
     ModelError,
     Reference,
     Transaction,
-    acquire,
+    fetch,
     load,
     new_folder,
 )
@@ -136,21 +151,21 @@ from model import (
 CHAMPION, PREVIOUS, NEW = "champion", "previous", "new version"
 PART_NAMES = ("training", "validation", "holdout")
 LABEL, ID = "is_fraud", "transaction_id"
-# The rules of the API, of the label, and of a column to order rows by, as JSON Schema.
+# The rules of the API, and of the label, as JSON Schema.
 RULES: dict[str, dict[str, Any]] = {
     **msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"],
     LABEL: {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 1, "description": "0 or 1"},
 }
-TIME = {"type": "number", "description": "a number, or date and time as in ISO 8601"}
 # "" and "NA" are what stands there; a surplus cell is an error.
 CSV: Any = {"dtype": {CATEGORY: str, ID: str}, "keep_default_na": False, "low_memory": False, "index_col": False}
 GOLDEN_ROWS = 8
+MOST_CATEGORIES = 1000  # that monitoring knows; more would be a list of merchants, not of their kinds
 FEWEST = 100  # rows of either class, to train and measure on
 FEWEST_IN_PART = 10
 VALIDATION_SIZE = 0.2
 SEARCH_ROWS = 100_000
 IMPORTANCE_ROWS = 50_000
-RESAMPLES = 100
+RESAMPLES = 200
 INTERVAL = (0.05, 0.95)
 ALERT_RATES = (0.001, 0.01, 0.05)
 CALIBRATION_GROUPS = 20
@@ -193,51 +208,68 @@ def read(path: Path, time_column: str | None = None) -> Sample:
     """The transactions of a file, in its order or that of the time column. Raises `DataError`."""
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, **CSV)
-    except (OSError, EOFError, ValueError, pd.errors.ParserWarning) as error:
-        raise DataError(f"{path}: {str(error).strip().partition(chr(10))[0]}") from None
-    columns = {name: _typed(table[name], rule["type"]) for name, rule in RULES.items() if name in table}
-    if time_column and time_column in table:
-        columns[time_column] = _moments(table[time_column])
-    if found := [*_faults(table, columns, time_column)]:
+            table = _table(path)
+        columns = {name: _typed(table[name], rule["type"]) for name, rule in RULES.items() if name in table}
+        times = _moments(table[time_column]) if time_column and time_column in table else None
+    except (OSError, EOFError, ValueError, TypeError, NotImplementedError, pd.errors.ParserWarning) as error:
+        raise DataError(f"{path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
+    if found := [*_faults(table, columns, time_column, times)]:
         raise DataError(f"{path} cannot be trained on: {'; '.join(found)}")
     rows = pd.DataFrame({name: columns[name].to_numpy(DTYPES[kind]) for name, kind in SIGNATURE})
+    for name in MONEY:
+        rows[name] = rows[name].clip(-LARGEST, LARGEST)  # as `frame` does
     sample = Sample(rows, columns[LABEL].to_numpy(np.int64))
-    return sample.take(np.argsort(columns[time_column], kind="stable")) if time_column else sample
+    return sample if times is None else sample.take(np.argsort(times, kind="stable"))
+
+
+def _table(path: Path) -> pd.DataFrame:
+    if path.suffix.lower() in (".parquet", ".pq"):
+        return pd.read_parquet(path)
+    if not path.name.lower().endswith((".csv", ".csv.gz")):
+        raise ValueError("expected a name that ends in .csv, .csv.gz or .parquet")
+    return pd.read_csv(path, **CSV)
 
 
 def _typed(column: Column, kind: str) -> Column:
     """Text as it is and "" where there is none; numbers as float64 and NaN where there is none."""
     if kind == "string":
         return column.astype(object).where(column.notna(), "").astype(str)
-    numbers = pd.to_numeric(column.astype(str) if column.dtype == bool else column, errors="coerce")
-    return pd.Series(numbers.to_numpy(np.float64, na_value=np.nan))
+    if column.dtype.kind in "bmM":  # true is no number, nor is a date
+        return pd.Series(np.full(len(column), np.nan))
+    return pd.Series(pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan))
 
 
 def _moments(column: Column) -> Column:
-    """Numbers, or dates as ISO 8601 has them, as float64; NaN where there is none."""
+    """Numbers, or dates as ISO 8601 has them, as float64; NaN where there is none. Dates without a zone are UTC."""
     numbers = _typed(column, "number")
-    if numbers.notna().any() and not pd.api.types.is_datetime64_any_dtype(column):
+    if numbers.notna().any() or column.dtype.kind == "b":
         return numbers
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
-    return (moments - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    return (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
 
 
-def _faults(table: pd.DataFrame, columns: dict[str, Column], time_column: str | None) -> Iterator[str]:
+def _faults(
+    table: pd.DataFrame, columns: dict[str, Column], time_column: str | None, times: Column | None
+) -> Iterator[str]:
     """What is wrong with a table, column by column; the first row below the header is row 1."""
     needed = [name for name in (*RULES, time_column) if name not in (None, ID)]
-    yield from (f"{name}: the column is missing" for name in needed if name not in table)
+    if missing := [f"{name}: the column is missing" for name in needed if name not in table]:
+        yield from missing
+        yield f"the file has the columns {', '.join(map(str, table.columns))[:300]}"
     yield from (f"{name}: there are two such columns" for name in [*needed, ID] if f"{name}.1" in table)
-    checks = [(name, _keeps(column, RULES.get(name, TIME)), RULES.get(name, TIME)) for name, column in columns.items()]
+    checks = [(name, _keeps(column, RULES[name]), RULES[name]["description"]) for name, column in columns.items()]
     if ID in columns:
-        checks.append((ID, ~columns[ID].duplicated(), {"description": "no id twice"}))
+        checks.append((ID, ~columns[ID].duplicated(), "no id twice"))
+    if times is not None:
+        checks.append((str(time_column), times.notna(), "a number, or date and time as in ISO 8601"))
     for name, right, rule in checks:
         if wrong := int((~right).sum()):
             where = f"{wrong:,} of {len(table):,} rows are wrong, the first is row {int(np.argmin(right)) + 1:,}"
-            yield f"{name}: {where}: expected {rule['description']}"
-    frauds = int((columns[LABEL] == 1).sum()) if LABEL in columns else FEWEST
-    if not FEWEST <= frauds <= len(table) - FEWEST:
-        yield f"{LABEL}: {frauds:,} of {len(table):,} rows are 1: expected at least {FEWEST} of 0 and of 1"
+            yield f"{name}: {where}: expected {rule}"
+    if LABEL in columns and _keeps(columns[LABEL], RULES[LABEL]).all():
+        frauds = int(columns[LABEL].sum())
+        if not FEWEST <= frauds <= len(table) - FEWEST:
+            yield f"{LABEL}: {frauds:,} of {len(table):,} rows are 1: expected at least {FEWEST} of 0 and of 1"
 
 
 def _keeps(column: Column, rule: dict[str, Any]) -> Column:
@@ -305,15 +337,26 @@ def generate(rows: int, seed: int) -> Sample:
 
 
 def split(sample: Sample, test_size: float, in_order: bool, seed: int) -> Parts:
-    """Training, validation and hold-out: the later the further by time, else at random with as many frauds in each."""
+    """Training, validation and hold-out: the later the further in order, else at random with as many frauds in each.
 
-    def cut(rows: np.ndarray, share: float) -> list[np.ndarray]:
+    At random means by a hash of the row, so that a row stays where it is as a file grows from week to week: what is
+    held out, no champion has been trained on.
+    """
+    digests = pd.util.hash_pandas_object(sample.rows, index=False).to_numpy()
+    keys = np.random.default_rng(seed).integers(0, 2**63, 2, dtype=np.uint64) * 2 + 1
+
+    def cut(rows: np.ndarray, share: float, key: np.uint64) -> tuple[np.ndarray, np.ndarray]:
         if in_order:
-            return np.split(rows, [round(len(rows) * (1 - share))])
-        return list(train_test_split(rows, test_size=share, random_state=seed, stratify=sample.labels[rows]))
+            return rows[: -round(len(rows) * share)], rows[-round(len(rows) * share) :]
+        taken = np.zeros(len(rows), bool)
+        for label in (0, 1):
+            those = np.flatnonzero(sample.labels[rows] == label)
+            drawn = np.argsort(digests[rows[those]] * key, kind="stable")  # modulo 2^64: another order for each key
+            taken[those[drawn[: round(len(those) * share)]]] = True
+        return rows[~taken], rows[taken]
 
-    rest, held_out = cut(np.arange(len(sample)), test_size)
-    parts = [sample.take(rows) for rows in (*cut(rest, VALIDATION_SIZE), held_out)]
+    rest, held_out = cut(np.arange(len(sample)), test_size, keys[0])
+    parts = [sample.take(rows) for rows in (*cut(rest, VALIDATION_SIZE, keys[1]), held_out)]
     for part, name in zip(parts, PART_NAMES, strict=True):
         if not FEWEST_IN_PART <= part.labels.sum() <= len(part) - FEWEST_IN_PART:
             found = f"{part.labels.sum():,} of {len(part):,} {name} rows are 1"
@@ -357,18 +400,22 @@ def search(sample: Sample, trees: int, budget: int, in_order: bool, seed: int) -
     """
     candidates = [DEFAULTS, *ParameterSampler(SPACE, budget - 1, random_state=seed)]
     few = sample.take(np.linspace(0, len(sample) - 1, min(len(sample), SEARCH_ROWS)).astype(int))
-    folds = TimeSeriesSplit(3) if in_order else StratifiedKFold(3)
+    splitter = TimeSeriesSplit(3) if in_order else StratifiedKFold(3, shuffle=True, random_state=seed)
+    every = splitter.split(few.rows, few.labels)
+    folds = [fold for fold in every if all(few.labels[rows].sum() >= FEWEST_IN_PART for rows in fold)]
+    if budget > 1 and not folds:
+        say("search left out: there is too little fraud in the earlier rows")
     means = []
-    for number, candidate in enumerate(candidates if budget > 1 else [], 1):
-        model = pipeline(trees, seed, candidate)
-        means.append(cross_val_score(model, few.rows, few.labels, cv=folds, scoring="average_precision").mean())
+    for number, candidate in enumerate(candidates if budget > 1 and folds else [], 1):
+        scoring = {"cv": folds, "scoring": "average_precision", "error_score": "raise"}
+        means.append(cross_val_score(pipeline(trees, seed, candidate), few.rows, few.labels, **scoring).mean())
         shown = ", ".join(f"{name} {value:.3g}" for name, value in candidate.items())
         say(f"search {number}/{budget}: average precision {means[-1]:.4f} with {shown}")
     best: dict[str, Any] = candidates[int(np.argmax(means)) if means else 0]
     return best
 
 
-def calibrate(model: Pipeline, validation: Sample) -> tuple[Pipeline, dict[str, float]]:
+def calibrate(model: Pipeline, validation: Sample) -> tuple[Pipeline, dict[str, Any]]:
     """The model with its log-odds stretched and shifted, where that fits the validation rows better beyond noise.
 
     Platt scaling (Platt 1999), tested with the likelihood ratio (Wilks 1938): 9.21 is the 99 % quantile of chi-squared
@@ -386,11 +433,16 @@ def calibrate(model: Pipeline, validation: Sample) -> tuple[Pipeline, dict[str, 
     before, after = (float(log_loss(validation.labels, each, normalize=False)) for each in probabilities)
     ratio = 2 * (before - after)
     folded = np.allclose(probabilities[1], expit(slope * log_odds + intercept), rtol=0, atol=1e-9)
-    needed = ratio > 9.21
-    outcome = "not needed" if not needed else "done" if folded else "left out, as the leaves do not take it"
+    done = ratio > 9.21 and slope > 0 and folded
+    if done:
+        outcome = "done"
+    elif ratio <= 9.21:
+        outcome = "not needed"
+    else:
+        outcome = "left out, as the leaves do not take it" if slope > 0 else "left out: validation contradicts training"
     say(f"calibration {outcome}: likelihood ratio {ratio:.1f}, slope {slope:.3f}, intercept {intercept:+.3f}")
     found = {"calibration_slope": slope, "calibration_intercept": intercept, "calibration_likelihood_ratio": ratio}
-    return (calibrated if needed and folded else model), found
+    return (calibrated if done else model), found | {"calibration": outcome}
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -470,15 +522,15 @@ def measures(
     return {name: float(value) for name, value in found.items()}
 
 
-def bootstrap(models: list[Scores], sample: Sample, prices: Prices, seed: int, resamples: int) -> list[pd.DataFrame]:
+def bootstrap(models: list[Scores], sample: Sample, prices: Prices, resamples: int) -> list[pd.DataFrame]:
     """For each model its measures (columns) on resamples of the hold-out (rows), the same ones for all.
 
-    Efron 1979; as many rows, drawn with replacement. The first row is the hold-out itself.
+    Efron 1979; as many rows, drawn with replacement, always the same ones. The first row is the hold-out itself.
     """
-    random, size, missed = np.random.default_rng(seed), len(sample), prices.of_missed(sample)
+    random, size, missed = np.random.default_rng(0), len(sample), prices.of_missed(sample)
     found: list[list[dict[str, float]]] = [[] for _ in models]
     for number in range(resamples + 1):
-        if number % 25 == 0 and number:
+        if number % 50 == 0 and number:
             say(f"measured on {number}/{resamples} resamples")
         rows = random.integers(0, size, size) if number else np.arange(size)
         for model, rounds in zip(models, found, strict=True):
@@ -487,22 +539,39 @@ def bootstrap(models: list[Scores], sample: Sample, prices: Prices, seed: int, r
     return [pd.DataFrame(rounds) for rounds in found]
 
 
-def gate(new: pd.DataFrame, champion: pd.DataFrame | None = None) -> tuple[bool, str]:
-    """Whether a version is better than the champion beyond noise and not worse calibrated, and the figures of it.
+def better(new: pd.DataFrame, champion: pd.DataFrame) -> tuple[bool, str]:
+    """Whether a version is better than the champion beyond noise and not worse calibrated; and the figures of it.
 
-    Both come from `bootstrap`, so each resample is a pair: better is a gain in average precision above 0 in 95 % of
-    them, worse calibrated a gain in calibration error above 0 in as many.
+    Resamples from `bootstrap` are pairs. Better is a gain in average precision in 95 % of them; worse calibrated is a
+    greater calibration error, or log loss, in as many.
     """
-    if champion is None:
-        return True, "gate passed: there is no champion to compare with"
-    gains = (new - champion)[["average_precision", "calibration_error"]]
-    (better, worse), (low, high) = gains.iloc[0], gains[1:].quantile(INTERVAL).to_numpy()
-    passed = bool(low[0] > 0 and low[1] <= 0)
-    return passed, (
-        f"gate {'passed' if passed else 'failed'}: average precision {better:+.4f} [{low[0]:+.4f}, {high[0]:+.4f}], "
-        f"{'better beyond noise' if low[0] > 0 else 'not better beyond noise'}; calibration error {worse:+.5f} "
-        f"[{low[1]:+.5f}, {high[1]:+.5f}], {'not worse' if low[1] <= 0 else 'worse'}"
+    gains = (new - champion)[["average_precision", "calibration_error", "log_loss", "cost"]]
+    low, high = gains[1:].quantile(INTERVAL).to_numpy()
+    precise, worse = bool(low[0] > 0), bool(low[1] > 0 or low[2] > 0)
+    shown = [f"{v:+.4g} [{a:+.4g}, {b:+.4g}]" for v, a, b in zip(gains.iloc[0], low, high, strict=True)]
+    return precise and not worse, (
+        f"average precision {shown[0]}, {'' if precise else 'not '}better beyond noise; calibration error {shown[1]} "
+        f"and log loss {shown[2]}, {'' if worse else 'not '}worse beyond noise; cost per 1,000 {shown[3]}, not judged"
     )
+
+
+def good_enough(new: pd.DataFrame) -> tuple[bool, str]:
+    """What a version has to be where there is no champion: better than chance, and cheaper than flagging nothing."""
+    chance = bool(new["roc_auc"][1:].quantile(INTERVAL[0]) > 0.5)
+    cheaper = bool(new["cost"][0] < new["cost_of_flagging_nothing"][0])
+    return chance and cheaper, (
+        f"there is no champion; {'' if chance else 'not '}better than chance beyond noise, "
+        f"{'' if cheaper else 'not '}cheaper than flagging nothing"
+    )
+
+
+def gate(resampled: list[pd.DataFrame], champion: str | None) -> tuple[bool, str]:
+    """Whether the first of the models may take the champion's place, and why. `champion` is its version number."""
+    if champion and len(resampled) == 1:
+        return False, f"gate failed: version {champion}, the champion, cannot be compared with"
+    passed, why = better(*resampled) if champion else good_enough(*resampled)
+    against = f" against version {champion}" if champion else ""
+    return passed, f"gate {'passed' if passed else 'failed'}{against}: {why}"
 
 
 # -- what is left to read and look at ----------------------------------------------------------------------------------
@@ -550,7 +619,7 @@ def draw_cost(on: Axes, models: list[Scores], sample: Sample, prices: Prices) ->
 
 def draw_importance(on: Axes, model: Pipeline, sample: Sample, seed: int) -> None:
     """Breiman 2001: what shuffling one field costs, over 5 shuffles of up to 50,000 rows."""
-    few = sample.take(np.arange(min(len(sample), IMPORTANCE_ROWS)))
+    few = sample.take(np.linspace(0, len(sample) - 1, min(len(sample), IMPORTANCE_ROWS)).astype(int))
     found = permutation_importance(
         model, few.rows, few.labels, scoring="average_precision", n_repeats=5, random_state=seed
     )
@@ -632,15 +701,23 @@ def metadata(
     return Metadata(threshold, golden, measured or {}, reference)
 
 
+def deciles(scores: Floats) -> list[float]:
+    """The nine limits between tenths of the scores, between two scores each, so that none lies on a limit."""
+    distinct = np.unique(scores)
+    at = np.searchsorted(distinct, np.quantile(scores, np.arange(1, 10) / 10, method="inverted_cdf"))
+    limits: list[float] = ((distinct[at] + distinct[np.minimum(at + 1, len(distinct) - 1)]) / 2).tolist()
+    return limits
+
+
 def reference(training: Sample, probabilities: Floats) -> Reference:
     """What monitoring and explanations compare with: small numbers about the training rows, no row of them."""
     rows, numbers = training.rows, training.rows[[*NUMBERS]]
     categories = rows[CATEGORY].value_counts()
     ordinary = numbers.quantile(0.5, interpolation="lower").to_dict() | {CATEGORY: categories.index[0]}
     return Reference(
-        score_deciles=np.quantile(probabilities, np.arange(0.1, 0.95, 0.1)).tolist(),
+        score_deciles=deciles(probabilities),
         ranges={name: (float(numbers[name].min()), float(numbers[name].max())) for name in NUMBERS},
-        categories=sorted(categories.index),
+        categories=sorted(categories.index[:MOST_CATEGORIES]),
         transaction=Features(**ordinary),
     )
 
@@ -736,25 +813,37 @@ def _shown(rounds: pd.DataFrame) -> "pd.Series[str]":
     return pd.Series([f"{value:.4g}{end}" for value, end in zip(rounds.iloc[0], ends, strict=True)], rounds.columns)
 
 
-def champion_of(options: argparse.Namespace, config: Config) -> tuple[str | None, Model | None]:
-    """The champion's version number, and itself, fetched and checked as the service does it. Raises `ModelError`.
-
-    Before anything is trained: the process that fetches it is a fork, and OpenMP's threads do not survive one.
-    """
-    version = aliases(options.name).get(CHAMPION)
-    if version is None:
-        return None, None
-    wanted = replace(config, model_uri=f"models:/{options.name}/{version}", model_sha256=None, fraud_threshold=None)
+def as_served(name: str, number: str, config: Config) -> Model:
+    """A version, fetched, checked and loaded as the service does it. Raises `ModelError`."""
+    wanted = replace(config, model_sha256=None, fraud_threshold=None)
     folder = new_folder(config.memory_dir)
     try:
-        return version, load(acquire(wanted, folder, config.model_load_timeout), wanted)
-    except ModelError as error:
-        if options.promote == "if-better":
-            raise ModelError(f"there is no comparing with the champion: {error}; see --promote") from None
-        say(f"not compared with the champion: {error}")
-        return version, None
+        return load(fetch(wanted, folder / number, name, number, None), wanted)
     finally:
         shutil.rmtree(folder)
+
+
+def champion_of(options: argparse.Namespace, config: Config) -> tuple[str | None, Model | None]:
+    """The champion's number, and itself, if there is one that can be compared with. Raises `ModelError`."""
+    number = aliases(options.name).get(CHAMPION)
+    if number is None:
+        return None, None
+    try:
+        return number, as_served(options.name, number, config)
+    except ModelError as error:
+        if options.promote == "if-better":
+            raise ModelError(
+                f"version {number}, the champion, cannot be compared with: {error}; see --promote"
+            ) from None
+        say(f"version {number}, the champion, cannot be compared with: {error}")
+        return number, None
+
+
+def check_release(options: argparse.Namespace) -> None:
+    """A release is one version, for predictions are signed with it. Raises `ModelError`."""
+    for version in MlflowClient().search_model_versions(f"name='{options.name}'") if options.release else ():
+        if version.tags.get("release") == options.release:
+            raise ModelError(f"release {options.release} is version {version.version} of {options.name} already")
 
 
 def fit(training: Sample, validation: Sample, options: argparse.Namespace, prices: Prices) -> Fitted:
@@ -764,7 +853,8 @@ def fit(training: Sample, validation: Sample, options: argparse.Namespace, price
     model, calibration = calibrate(uncalibrated, validation)
     probabilities = model.predict_proba(validation.rows)[:, 1]
     threshold = best_threshold(probabilities, validation, prices)
-    say(f"threshold: {threshold:.6f} costs least on the validation rows")
+    flagged = (probabilities >= threshold).mean()
+    say(f"threshold: {threshold:.6f} costs least on the validation rows, of which it flags {flagged:.3%}")
     return Fitted(model, threshold, parameters | calibration | {"threshold": threshold}, probabilities)
 
 
@@ -788,22 +878,23 @@ def score_all(model: Model, sample: Sample) -> Floats:
     return np.concatenate([model.score(rows[start : start + 10_000]) for start in range(0, len(rows), 10_000)])
 
 
-def evaluate(fitted: Fitted, champion: Model | None, parts: Parts, prices: Prices, seed: int) -> Evaluation:
+def evaluate(fitted: Fitted, number: str | None, champion: Model | None, parts: Parts, prices: Prices) -> Evaluation:
     held_out = parts[2]
     models = [Scores(NEW, fitted.model.predict_proba(held_out.rows)[:, 1], fitted.threshold)]
     if champion:
         models.append(Scores(CHAMPION, score_all(champion, held_out), champion.threshold))
     beside = others(*parts, prices)
     say(f"measuring on the {len(held_out):,} rows held out")
-    resampled = bootstrap(models, held_out, prices, seed, RESAMPLES)
-    found = resampled + bootstrap(beside, held_out, prices, seed, 0)
-    return Evaluation(models + beside, found, *gate(*resampled))
+    resampled = bootstrap(models, held_out, prices, RESAMPLES)
+    found = resampled + bootstrap(beside, held_out, prices, 0)
+    return Evaluation(models + beside, found, *gate(resampled, number))
 
 
 def log_inputs(options: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     """Log what goes in, and give it for the report: options, rows, the file's SHA-256, versions; and the lineage."""
     left_out = {"command", "if_missing", "rows" if options.data else "data"}
     given = {name: value for name, value in vars(options).items() if name not in left_out}
+    given["cost_missed"] = options.cost_missed if options.cost_missed is not None else "amount"
     given["git_commit"] = mlflow.active_run().data.tags.get("mlflow.source.git.commit")  # type: ignore[union-attr]
     for part, name in zip(parts, PART_NAMES, strict=True):
         given |= {f"{name}_rows": len(part), f"{name}_frauds": int(part.labels.sum())}
@@ -829,11 +920,15 @@ def log_results(title: str, result: Evaluation, facts: dict[str, Any], plots: Pl
             figure = Figure(figsize=(8, 5), layout="constrained")
             draw(figure.subplots())
             figure.savefig(pictures[name], dpi=110)
-        inputs = pd.Series({name: str(fact) for name, fact in facts.items()})
-        tables = {"Measures on the hold-out": result.table(), "What went in, and what was chosen": inputs.to_frame("")}
-        Path(folder, "report.html").write_text(report(title, result.verdict, tables, pictures))
+        inputs = {name: f"{fact:.6g}" if isinstance(fact, float) else str(fact) for name, fact in facts.items()}
+        tables = {
+            "Measures on the hold-out, with 5 % to 95 % of the resamples": result.table(),
+            "What went in, and what was chosen": pd.Series(inputs).to_frame(""),
+        }
+        page = report(title, result.verdict, tables, pictures)
+        Path(folder, "report.html").write_text(page, encoding="utf-8")
         mlflow.log_artifacts(folder)
-    say(f"report: {mlflow.get_artifact_uri('report.html')}")
+    say(f"report and plots: {without_credentials(mlflow.get_artifact_uri())}")
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
@@ -844,25 +939,35 @@ def run(options: argparse.Namespace, config: Config) -> int:
     use_experiment(options.name, config.mlflow_tracking_uri)
     if options.if_missing and CHAMPION in aliases(options.name):
         return 0
-    prices = Prices(options.cost_missed, options.cost_review, options.max_alert_rate)
+    check_release(options)
     number, champion = champion_of(options, config)
     say(f"reading {options.data}" if options.data else f"generating {options.rows:,} transactions")
     sample = read(Path(options.data), options.time_column) if options.data else generate(options.rows, options.seed)
     parts = split(sample, options.test_size, by_time(options), options.seed)
     say(f"{len(sample):,} transactions, {sample.labels.sum():,} of them fraud")
+    prices = Prices(options.cost_missed, options.cost_review, options.max_alert_rate)
     with mlflow.start_run():
         given = log_inputs(options, parts)
         fitted = fit(parts[0], parts[1], options, prices)
         mlflow.log_params(fitted.chosen)
-        result = evaluate(fitted, champion, parts, prices, options.seed)
+        result = evaluate(fitted, number, champion, parts, prices)
+        promoted = is_promoted(options.promote, result.passed)
+        outcome = f"{'promoted' if promoted else 'not promoted'}, with --promote {options.promote}"
+        result = replace(result, verdict=f"{result.verdict}; {outcome}")
         print(f"\n{result.table().to_string()}\n\n{result.verdict}\n", flush=True)
-        log_results(options.name, result, given | fitted.chosen, plots(result, fitted, parts[2], prices, options.seed))
         version = publish(options, fitted, result, parts)
-    if options.promote == "always" or (result.passed and options.promote == "if-better"):
+        title = f"{options.name} version {version}, {time.strftime('%Y-%m-%d')}"
+        log_results(title, result, given | fitted.chosen, plots(result, fitted, parts[2], prices, options.seed))
+    as_served(options.name, version, config)
+    if promoted:
         promote(options.name, version, number)
         return 0
     say(f"{options.name} version {version} is registered, and not promoted")
     return 0 if options.promote == "never" else NOT_PROMOTED
+
+
+def is_promoted(choice: str, passed: bool) -> bool:
+    return choice == "always" or (choice == "if-better" and passed)
 
 
 def publish(options: argparse.Namespace, fitted: Fitted, result: Evaluation, parts: Parts) -> str:
@@ -877,9 +982,14 @@ def publish(options: argparse.Namespace, fitted: Fitted, result: Evaluation, par
     return register(fitted.model, inside, options.name, tags, "  \n".join([result.verdict, *lines]))
 
 
-if __name__ == "__main__":
+def main() -> int | str:
+    """The exit status, or what went wrong."""
+    mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     try:
-        status: int | str = rollback(options.name) if options.command == "rollback" else run(options, config)
-    except (DataError, ModelError, MlflowException) as error:
-        status = f"train: {config.mask(str(error).partition(chr(10))[0])}"
-    sys.exit(status)
+        return rollback(options.name) if options.command == "rollback" else run(options, config)
+    except (DataError, ModelError, MlflowException, OSError, SQLAlchemyError) as error:
+        return f"train: {config.mask(str(error).partition(chr(10))[0])}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -42,6 +42,8 @@ BIN = Path(sys.executable).parent
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 THIS, FASTAPI, MLFLOW, FLOOR = "fraud-api", "FastAPI + PyFunc", "mlflow models serve", "bare gunicorn"
+QUIET, EXPLAINED = "fraud-api without request log", "fraud-api with explanation"
+PATHS = {MLFLOW: "/invocations", EXPLAINED: "/predict?explain=true"}
 TREES = (30, 150, 500)
 BATCH, LINES = 1000, 200_000
 Server = AbstractContextManager[subprocess.Popen[bytes]]
@@ -91,13 +93,13 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: object) -> None:
             return
 
 
-def service(port: int, trees: int) -> Server:
-    uri = f"models:/bench-{trees}@champion"
-    return server(str(BIN / "gunicorn"), port=port, ready="/health/ready", MODEL_URI=uri, WEB_CONCURRENCY="1")
+def service(port: int, trees: int, **environ: str) -> Server:
+    environ |= {"MODEL_URI": f"models:/bench-{trees}@champion", "WEB_CONCURRENCY": "1"}
+    return server(str(BIN / "gunicorn"), port=port, ready="/health/ready", **environ)
 
 
 def peers(stack: ExitStack, port: int) -> dict[str, int]:
-    """Start all four; the idle ones cost nothing while another is measured. name: port"""
+    """Start them all; the idle ones cost nothing while another is measured. name: port"""
     uri = "models:/bench-150@champion"
     stack.enter_context(service(port, 150))
     uvicorn = [str(BIN / "uvicorn"), "peer_fastapi:app", "--port", str(port + 1), "--no-access-log"]
@@ -107,7 +109,8 @@ def peers(stack: ExitStack, port: int) -> dict[str, int]:
     hello = [str(BIN / "gunicorn"), "-c", "/dev/null", "-b", f"127.0.0.1:{port + 3}", "-k", "gthread", "--threads", "4"]
     hello += ["--no-control-socket", "--worker-tmp-dir", "/dev/shm", "peer_hello:app"]
     stack.enter_context(server(*hello, port=port + 3, ready="/", WEB_CONCURRENCY="1"))
-    return {THIS: port, FASTAPI: port + 1, MLFLOW: port + 2, FLOOR: port + 3}
+    stack.enter_context(service(port + 8, 150, LOG_LEVEL="warning"))
+    return {THIS: port, QUIET: port + 8, EXPLAINED: port, FASTAPI: port + 1, MLFLOW: port + 2, FLOOR: port + 3}
 
 
 # -- the load ----------------------------------------------------------------------------------------------------------
@@ -171,13 +174,13 @@ def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[st
         for number in range(rounds):
             for connections in (1, 16):
                 for name, own in ports.items():
-                    path, body = ("/invocations", "mlflow") if name == MLFLOW else ("/predict", "one")
+                    path, body = PATHS.get(name, "/predict"), "mlflow" if name == MLFLOW else "one"
                     result = wrk(f"http://127.0.0.1:{own}{path}", bodies[body], connections, seconds)
                     for figure, value in result.items():
                         found[name, str(connections), figure].append(value)
                     say(f"round {number + 1}/{rounds}: {name}, {connections} connections: {result['rate']:.0f}/s")
             for name, own in ports.items():
-                if name != FLOOR:
+                if name in (THIS, FASTAPI, MLFLOW):
                     path, body = ("/invocations", "mlflow batch") if name == MLFLOW else ("/predict/batch", "batch")
                     rate = wrk(f"http://127.0.0.1:{own}{path}", bodies[body], 2, seconds)["rate"] * BATCH
                     found[name, "batch"].append(rate)
@@ -245,7 +248,7 @@ def table(found: dict[tuple[str, ...], float], memory: dict[str, tuple[float, fl
         "| 16 connections: requests/s | p50 ms | p99 ms | fraud-api |",
     ]
     lines.append("| --- | --: | --: | --: | --: | --: | --: | --- |")
-    for name in (THIS, FASTAPI, MLFLOW, FLOOR):
+    for name in (THIS, QUIET, EXPLAINED, FASTAPI, MLFLOW, FLOOR):
         cells = [
             f"{found[name, connections, figure]:,.0f}"
             if figure == "rate"
@@ -256,6 +259,11 @@ def table(found: dict[tuple[str, ...], float], memory: dict[str, tuple[float, fl
         rate = found[THIS, "16", "rate"] / found[name, "16", "rate"]
         p50 = found[name, "1", "p50"] / found[THIS, "1", "p50"]
         verdict = "" if name == THIS else f"{rate:.0%} of it" if name == FLOOR else f"{rate:.0f}×, p50 {p50:.0f}× lower"
+        if name == QUIET:
+            verdict = f"{rate:.0%} of it: the cost of a line"
+        if name == EXPLAINED:
+            plain = [found[name, each, "rate"] / found[FASTAPI, each, "rate"] for each in ("1", "16")]
+            verdict = f"{plain[0]:.1f}× and {plain[1]:.1f}× FastAPI + PyFunc without"
         lines.append(f"| {name} | {' | '.join(cells)} | {verdict} |")
     lines += ["", "| many transactions | rows/s | fraud-api |", "| --- | --: | --- |"]
     for name in (THIS, FASTAPI, MLFLOW):
@@ -318,7 +326,8 @@ def register(trees: int) -> None:
     sample, name = train.generate(100_000, 0), f"bench-{trees}"
     pipeline = train.pipeline(trees, 0).fit(sample.rows, sample.labels)
     with mlflow.start_run():
-        version = train.register(pipeline, train.metadata(pipeline, sample.rows, 0.5), name)
+        reference = train.reference(sample, pipeline.predict_proba(sample.rows)[:, 1])
+        version = train.register(pipeline, train.metadata(pipeline, sample.rows, 0.5, None, reference), name)
     train.promote(name, version, None)
 
 

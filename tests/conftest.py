@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from config import Config
 
@@ -74,11 +75,18 @@ def get(url: str) -> int:
         return 0
 
 
+def readable(line: str) -> str:
+    if not line.startswith("{"):
+        return line
+    fields = json.loads(line)
+    return "\n".join([f"[{fields['level'].upper()}] {fields['message']}", *fields.get("exception", "").splitlines()])
+
+
 class Process:
     """A program, with what it writes kept in memory."""
 
     def __init__(self, *command: str, environ: dict[str, str] | None = None, cwd: Path = HERE) -> None:
-        self.output = os.memfd_create("output")
+        self.output, self.seen, self.lines = os.memfd_create("output"), 0, []
         fcntl.fcntl(self.output, fcntl.F_SETFL, os.O_APPEND)  # else what two processes write at once may be lost
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         self.popen = subprocess.Popen(
@@ -92,8 +100,26 @@ class Process:
         self.pid = self.popen.pid
 
     @property
+    def output_lines(self) -> list[str]:
+        """What it has written by now; what has been seen before is not read again."""
+        while data := os.pread(self.output, 2**24, self.seen):
+            *lines, rest = data.split(b"\n")
+            self.lines += [line.decode() for line in lines]
+            self.seen += len(data) - len(rest)
+            if not lines:
+                break
+        return self.lines
+
+    @property
     def log(self) -> str:
-        return os.pread(self.output, 2**24, 0).decode()
+        """What it has written, but for the lines of requests; of lines of JSON the level and the text."""
+        lines = [line for line in self.output_lines if '"logger":"request"' not in line]
+        return "".join(f"{readable(line)}\n" for line in lines)
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """The lines of requests."""
+        return [json.loads(line) for line in self.output_lines if '"logger":"request"' in line]
 
     def wait_answer(self, url: str) -> None:
         """Until a GET gives 200; an error at once if the program ends before."""
@@ -145,6 +171,10 @@ class Service(Process):
         """Kilobytes of all workers together: what they have, or with VmHWM had at most (man 5 proc)."""
         texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.workers()]
         return sum(int(re.findall(rf"{key}:\s+(\d+) kB", text)[0]) for text in texts)
+
+    def versions(self) -> list[Path]:
+        """The versions in the master's folder in memory."""
+        return [path for path in self.folder().iterdir() if path.name != "metrics"]
 
     def folder(self) -> Path:
         """The master's folder in memory, which it keeps open."""
@@ -236,7 +266,12 @@ def model(snapshot: Snapshot) -> Model:
 
 @pytest.fixture(scope="session")
 def app(model: Model) -> TestApp:
-    return TestApp(create_app(config(max_batch_size="5", max_body_bytes="4096"), model))
+    return client_of(create_app(config(max_batch_size="5", max_body_bytes="4096"), model))
+
+
+def client_of(app: object) -> TestApp:
+    """A client whose requests all have the id r-1, so that whole bodies can be compared."""
+    return TestApp(app, extra_environ={"HTTP_X_REQUEST_ID": "r-1"})
 
 
 # -- chaos: the tests of reliability, longer, with a table -------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import permutations
 
 import msgspec
 import numpy as np
@@ -15,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webtest import TestApp
 
-from conftest import TRANSACTION, config
+from conftest import TRANSACTION, client_of, config
 from fraud_api import create_app
-from model import Model, Transaction
+from model import Features, Model, Transaction
 
 PROBLEM = "application/problem+json"
 
@@ -57,7 +58,7 @@ def test_threshold_is_inclusive(model: Model) -> None:
     """A probability equal to the threshold is fraud; just below is not."""
     probability = score(model, TRANSACTION)
     for threshold, is_fraud in ((probability, True), (probability + 1e-12, False)):
-        app = TestApp(create_app(config(), replace(model, threshold=threshold)))
+        app = client_of(create_app(config(), replace(model, threshold=threshold)))
         assert post(app, "/predict", TRANSACTION).json["is_fraud"] is is_fraud
 
 
@@ -67,7 +68,7 @@ def test_threshold_is_inclusive(model: Model) -> None:
 def test_decision_and_confidence(model: Model, probability: float, is_fraud: bool, confidence: float) -> None:
     """Confidence is that of the likelier answer, whatever the threshold."""
     certain = replace(model, threshold=0.5, score=lambda rows: np.array([probability]))
-    answer = timeless(post(TestApp(create_app(config(), certain)), "/predict", TRANSACTION).json)
+    answer = timeless(post(client_of(create_app(config(), certain)), "/predict", TRANSACTION).json)
     assert answer == {
         "transaction_id": "tx_12345",
         "is_fraud": is_fraud,
@@ -80,7 +81,7 @@ def test_decision_and_confidence(model: Model, probability: float, is_fraud: boo
 def test_version_without_a_release(model: Model) -> None:
     """`v` and the registry's number stand in for a missing `release` tag."""
     snapshot = msgspec.structs.replace(model.snapshot, number="7", release=None)
-    app = TestApp(create_app(config(), replace(model, snapshot=snapshot)))
+    app = client_of(create_app(config(), replace(model, snapshot=snapshot)))
     assert post(app, "/predict", TRANSACTION).json["model_version"] == "v7"
 
 
@@ -117,6 +118,7 @@ def test_bad_field(app: TestApp, field: str, value: object) -> None:
     assert (answer.status_code, answer.content_type) == (422, PROBLEM)
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Unprocessable Entity",
         "status": 422,
         "detail": f"{field}: expected {RULES[field][0]}",
@@ -149,6 +151,7 @@ def test_malformed_json(app: TestApp, body: bytes) -> None:
     assert (answer.status_code, answer.content_type) == (400, PROBLEM)
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Bad Request",
         "status": 400,
         "detail": "malformed JSON",
@@ -161,6 +164,7 @@ def test_not_an_object(app: TestApp, path: str, body: bytes) -> None:
     answer = post(app, path, body)
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Unprocessable Entity",
         "status": 422,
         "detail": "expected a JSON object",
@@ -190,7 +194,7 @@ def test_field_given_twice(app: TestApp, more: str, field: str) -> None:
     """One reader takes the first, another the last: neither is what the client can be sure of."""
     body = json.dumps(TRANSACTION)[:-1] + more
     answer = post(app, "/predict", body.encode())
-    assert (answer.status_code, answer.json) == (422, twice(field))
+    assert (answer.status_code, answer.json) == (422, twice(field) | {"request_id": "r-1"})
     row = f'{{"transactions": [{json.dumps(TRANSACTION)}, {body}]}}'
     answer = post(app, "/predict/batch", row.encode()).json
     assert (len(answer["predictions"]), answer["errors"][0].pop("transaction_id")[:4]) == (1, "tx_1")
@@ -200,7 +204,7 @@ def test_field_given_twice(app: TestApp, more: str, field: str) -> None:
     assert problem | {"transaction_id": ""} == {"index": 1, "transaction_id": ""} | twice(field)
     for extra in (b"", b', "a": "", "b": "", "c": ""', b', "a": "", "b": "", "c": 1, "d": 1'):
         batch = b'{"transactions": [], "transactions": []%s}' % extra
-        assert post(app, "/predict/batch", batch).json == twice("transactions")
+        assert post(app, "/predict/batch", batch).json == twice("transactions") | {"request_id": "r-1"}
 
 
 @pytest.mark.parametrize(
@@ -263,6 +267,7 @@ def test_empty_batch(app: TestApp) -> None:
 def test_batch_without_a_list(app: TestApp, body: object) -> None:
     assert post(app, "/predict/batch", body).json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Unprocessable Entity",
         "status": 422,
         "detail": "transactions: expected a list of transactions",
@@ -275,6 +280,7 @@ def test_batch_too_long(app: TestApp) -> None:
     assert (answer.status_code, answer.content_type) == (413, PROBLEM)
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Content Too Large",
         "status": 413,
         "detail": "more than 5 transactions",
@@ -287,6 +293,7 @@ def test_body_too_large(app: TestApp, path: str) -> None:
     assert (answer.status_code, answer.content_type) == (413, PROBLEM)
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Content Too Large",
         "status": 413,
         "detail": "more than 4096 bytes",
@@ -336,6 +343,7 @@ def test_other_content_types(app: TestApp, content_type: str) -> None:
     assert (answer.status_code, answer.content_type) == (415, PROBLEM)
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Unsupported Media Type",
         "status": 415,
         "detail": "expected application/json",
@@ -352,6 +360,7 @@ def test_compressed_body(app: TestApp, path: str, content_type: str) -> None:
     assert answer.headers["Accept-Encoding"] == "identity"
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Unsupported Media Type",
         "status": 415,
         "detail": "expected a body that is not compressed",
@@ -433,13 +442,13 @@ def test_empty_stream(app: TestApp) -> None:
 def test_not_found(app: TestApp) -> None:
     answer = app.get("/nowhere", expect_errors=True)
     assert (answer.status_code, answer.content_type) == (404, PROBLEM)
-    assert answer.json == {"type": "about:blank", "title": "Not Found", "status": 404}
+    assert answer.json == {"type": "about:blank", "title": "Not Found", "status": 404, "request_id": "r-1"}
 
 
 def test_method_not_allowed(app: TestApp) -> None:
     answer = app.get("/predict", expect_errors=True)
     assert (answer.status_code, answer.content_type, answer.headers["Allow"]) == (405, PROBLEM, "POST, OPTIONS")
-    assert answer.json == {"type": "about:blank", "title": "Method Not Allowed", "status": 405}
+    assert answer.json == {"type": "about:blank", "title": "Method Not Allowed", "status": 405, "request_id": "r-1"}
 
 
 def sha256sum(folder: str) -> str:
@@ -462,6 +471,7 @@ def test_health(app: TestApp, model: Model) -> None:
         "unsafe": [],
         "threshold": model.threshold,
         "scorer": "treelite",
+        "metrics": model.metadata.metrics,
     }
 
 
@@ -469,7 +479,7 @@ def broken(model: Model) -> TestApp:
     def score(rows: object) -> None:
         raise RuntimeError("secret detail")
 
-    return TestApp(create_app(config(), replace(model, score=score)))
+    return client_of(create_app(config(), replace(model, score=score)))
 
 
 def test_live_and_ready(app: TestApp, model: Model) -> None:
@@ -480,6 +490,7 @@ def test_live_and_ready(app: TestApp, model: Model) -> None:
     assert (answer.status_code, answer.content_type) == (503, PROBLEM)
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Service Unavailable",
         "status": 503,
         "detail": "this worker cannot score",
@@ -488,13 +499,14 @@ def test_live_and_ready(app: TestApp, model: Model) -> None:
 
 def test_not_ready_when_stopping(model: Model) -> None:
     stopping = bytearray(1)
-    app = TestApp(create_app(config(), model, stopping))
+    app = client_of(create_app(config(), model, stopping))
     assert app.get("/health/ready").json == {"status": "ok"}
     stopping[0] = 1
     answer = app.get("/health/ready", expect_errors=True)
     assert (answer.status_code, answer.content_type) == (503, PROBLEM)
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Service Unavailable",
         "status": 503,
         "detail": "the service is stopping",
@@ -508,7 +520,7 @@ def test_not_ready_when_stopping(model: Model) -> None:
 
 @pytest.fixture
 def locked(model: Model) -> TestApp:
-    return TestApp(create_app(config(api_keys="first-key,second-key"), model))
+    return client_of(create_app(config(api_keys="first-key,second-key"), model))
 
 
 @pytest.mark.parametrize(
@@ -546,6 +558,7 @@ def test_unknown_key(locked: TestApp, path: str, authorization: str) -> None:
     assert answer.headers["WWW-Authenticate"] == f'Bearer realm="fraud-api"{error}'
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Unauthorized",
         "status": 401,
         "detail": "expected an API key as bearer token",
@@ -570,14 +583,13 @@ def test_unexpected_error(model: Model, caplog: pytest.LogCaptureFixture) -> Non
     """The client gets a request id and nothing else; the log has the id and the details."""
     answer = post(broken(model), "/predict", TRANSACTION)
     assert (answer.status_code, answer.content_type) == (500, PROBLEM)
-    request_id = answer.json["request_id"]
     assert answer.json == {
         "type": "about:blank",
+        "request_id": "r-1",
         "title": "Internal Server Error",
         "status": 500,
-        "request_id": request_id,
     }
-    assert f"request {request_id}: POST /predict failed" in caplog.text
+    assert "request r-1: POST /predict failed" in caplog.text
     assert "secret detail" in caplog.text
 
 
@@ -622,3 +634,117 @@ def test_every_body_gets_a_well_formed_answer(app: TestApp, body: bytes, place: 
         assert answer.status_code in {400, 413, 422}
         assert answer.content_type == PROBLEM
         assert answer.json["status"] == answer.status_code
+
+
+# -- explanations ------------------------------------------------------------------------------------------------------
+
+
+def explained(app: TestApp, body: dict[str, object], path: str = "/predict") -> dict[str, object]:
+    return post(app, f"{path}?explain=true", body).json
+
+
+def test_explanation(app: TestApp, model: Model) -> None:
+    """The answer is as without, and what the fields add to the base value is the probability, the largest first."""
+    plain, answer = timeless(post(app, "/predict", TRANSACTION).json), timeless(explained(app, TRANSACTION))
+    explanation = answer.pop("explanation")
+    close = {name: pytest.approx(plain[name], abs=1e-9) for name in ("fraud_probability", "confidence")}
+    assert answer == plain | close
+    assert explanation.keys() == {"base_value", "contributions"}
+    reference = model.metadata.reference.transaction
+    assert explanation["base_value"] == pytest.approx(float(model.score([reference])[0]), abs=1e-9)
+    contributions = explanation["contributions"]
+    assert {each["field"] for each in contributions} == {*TRANSACTION} - {"transaction_id"}
+    sizes = [abs(each["value"]) for each in contributions]
+    assert sizes == sorted(sizes, reverse=True)
+    total = explanation["base_value"] + sum(each["value"] for each in contributions)
+    assert total == pytest.approx(answer["fraud_probability"], abs=1e-9)
+
+
+def test_shapley_values_are_those_of_the_definition(model: Model) -> None:
+    """The mean, over all 720 orders in which fields can come, of what a field changes when it comes."""
+    row, reference = Features(900, "jewelry", 3, 6, 20, -50), model.metadata.reference.transaction
+    known = {}
+
+    def worth(fields: frozenset[str]) -> float:
+        if fields not in known:
+            mixed = msgspec.structs.replace(reference, **{name: getattr(row, name) for name in fields})
+            known[fields] = float(model.score([mixed])[0])
+        return known[fields]
+
+    expected = dict.fromkeys(Features.__struct_fields__, 0.0)
+    for order in permutations(expected):
+        for place, name in enumerate(order):
+            expected[name] += (worth(frozenset(order[: place + 1])) - worth(frozenset(order[:place]))) / 720
+    _, [found] = model.explain([row])
+    assert {each.field: each.value for each in found.contributions} == pytest.approx(expected, abs=1e-9)
+    assert found.contributions[0].value > 0.01
+
+
+def test_explained_batches(app: TestApp, model: Model) -> None:
+    """Rows of a batch and of a stream are explained as one is, also more than are explained at a time."""
+    rows = [TRANSACTION | {"transaction_id": f"tx_{number}", "amount": 7.0 * number} for number in range(250)]
+    single = [timeless(explained(app, row)) for row in (rows[0], rows[249])]
+    body = "\n".join(map(json.dumps, [rows[0], {"hour": 1}, *rows[1:]])).encode()
+    first, bad, *rest = lines_of(post(app, "/predict/batch?explain=true", body, NDJSON))
+    for row, alone in zip((first, rest[-1]), single, strict=True):
+        assert row["fraud_probability"] == pytest.approx(alone["fraud_probability"], abs=1e-9)
+        found, expected = (
+            {each["field"]: each["value"] for each in answer["explanation"]["contributions"]} for answer in (row, alone)
+        )
+        assert found == pytest.approx(expected, abs=1e-9)
+    assert (bad["index"], bad["status"]) == (1, 422)
+    many = client_of(create_app(config(max_batch_size="640"), model))
+    batch = explained(many, {"transactions": rows[:10]}, "/predict/batch")
+    assert [row["transaction_id"] for row in batch["predictions"]] == [row["transaction_id"] for row in rows[:10]]
+    assert all(row["explanation"]["base_value"] == first["explanation"]["base_value"] for row in batch["predictions"])
+    assert explained(many, {"transactions": rows[:11]}, "/predict/batch")["detail"] == "more than 10 transactions"
+
+
+@pytest.mark.parametrize("query", ["explain=yes", "explain=", "explain=True", "explain"])
+def test_explain_is_true_or_false(app: TestApp, query: str) -> None:
+    for path in ("/predict", "/predict/batch"):
+        problem = post(app, f"{path}?{query}", TRANSACTION).json
+        assert (problem["status"], problem["detail"]) == (422, "explain: expected true or false")
+    assert "explanation" not in post(app, "/predict?explain=false&x=1", TRANSACTION).json
+
+
+def test_a_model_without_a_reference(model: Model) -> None:
+    """It is served, and says that it cannot explain."""
+    bare = replace(model, metadata=msgspec.structs.replace(model.metadata, reference=None))
+    app = client_of(create_app(config(), bare))
+    assert post(app, "/predict", TRANSACTION).status_code == 200
+    assert explained(app, TRANSACTION)["detail"] == "explain: this model has no reference transaction"
+
+
+# -- ids, page, version ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["", "two words", "x" * 129, "ü", '"', "a\tb"])
+def test_request_ids_that_are_not_taken(app: TestApp, given: str) -> None:
+    """A new one is made, other each time."""
+    environ = {"HTTP_X_REQUEST_ID": given}
+    made = [app.get("/health/live", extra_environ=environ).headers["X-Request-ID"] for _ in range(2)]
+    assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in made)
+    assert made[0] != made[1]
+
+
+def test_request_id_is_taken(app: TestApp) -> None:
+    assert app.get("/nothing", expect_errors=True).headers["X-Request-ID"] == "r-1"
+
+
+def test_page(app: TestApp) -> None:
+    """One file that may only run what is in it, and asks nobody but the service."""
+    answer = app.get("/")
+    page, policy = answer.text, answer.headers["Content-Security-Policy"]
+    assert answer.content_type == "text/html"
+    assert not re.search(r"https?://|@import|url\(| on\w+=|style=", page)
+    assert re.fullmatch(
+        r"default-src 'none'; style-src 'sha256-\S{44}'; script-src 'sha256-\S{44}'; connect-src 'self'; "
+        r"img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        policy,
+    )
+
+
+def test_version(app: TestApp) -> None:
+    """As Dockerflow has it; empty where no image was built."""
+    assert app.get("/version").json == {"source": "", "version": "", "commit": "", "build": ""}

@@ -146,6 +146,7 @@ def test_export() -> None:
     environ = {"AWS_DEFAULT_REGION": "", "OMP_NUM_THREADS": "3", "UNRELATED": "x"}
     config(mlflow_tracking_token="t").export(environ)
     assert environ == {
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "DO_NOT_TRACK": "true",
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
         "MLFLOW_DISABLE_TELEMETRY": "true",

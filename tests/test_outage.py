@@ -64,8 +64,7 @@ def test_recycling_without_a_registry(champion: str, model: Model, chaos: Chaos)
 def test_a_worker_that_cannot_start(champion: str) -> None:
     """Plain gunicorn would stop the master and the healthy worker: here they go on, and it is tried again."""
     with running(champion, web_concurrency="2") as service:
-        folder = service.folder()
-        [snapshot] = folder.iterdir()
+        folder, [snapshot] = service.folder(), service.versions()
         snapshot.rename(folder / "away")
         os.kill(service.workers()[0], signal.SIGKILL)
         wait_until(lambda: service.log.count("a worker cannot start") >= 2, "it has been tried twice")

@@ -26,6 +26,8 @@ from chaos import Chaos, Load
 from conftest import BODY, LINE, TRANSACTION, Service, running, wait_until
 from model import CATEGORY, NUMBERS
 
+pytestmark = pytest.mark.alone  # they load every core and measure time
+
 
 def head(path: str = "/predict", more: str = f"Content-Type: application/json\r\nContent-Length: {len(BODY)}") -> bytes:
     return f"POST {path} HTTP/1.1\r\nHost: x\r\n{more}\r\n\r\n".encode()

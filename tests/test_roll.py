@@ -76,7 +76,7 @@ def test_forward_and_back_under_load(
             scores.setdefault(version, probability(service))
             load.wait_for(200)
         load.__exit__()
-        assert len(list(service.folder().iterdir())) == 1
+        assert len(service.versions()) == 1
         assert service.log.count("Traceback") == 0
         for roll in service.log.split("proven, replacing workers for")[1:]:
             assert roll.index("Worker ready") < roll.index("Worker exiting")
@@ -104,7 +104,7 @@ def test_what_is_wrong_with_a_version_stops_nothing(
             errors.append(service.log.rpartition("[ERROR] ")[2].splitlines()[0])
             assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
             assert service.workers() == workers
-            assert len(list(service.folder().iterdir())) == 1
+            assert len(service.versions()) == 1
             return errors[-1].removeprefix(f"still serving v1.2.3, not {URI} at {relay.url}: ")
 
         promote(pickled)
@@ -149,7 +149,7 @@ def test_only_a_signal_changes_the_version(champion: str, second: str, promote: 
         answers = [service.post("/predict", TRANSACTION)["model_version"] for _ in range(50)]
         assert answers == ["v1.2.3"] * 50
         promote("1")
-        workers, files = service.workers(), list(service.folder().iterdir())
+        workers, files = service.workers(), service.versions()
         for _ in range(2):
             service.popen.send_signal(signal.SIGHUP)
             seen = service.log.count(f"nothing new, still serving {NAME} v1.2.3")
@@ -157,7 +157,7 @@ def test_only_a_signal_changes_the_version(champion: str, second: str, promote: 
                 lambda seen=seen: service.log.count(f"nothing new, still serving {NAME} v1.2.3") > seen, "it says so"
             )
         assert service.workers() == workers
-        assert list(service.folder().iterdir()) == files
+        assert service.versions() == files
         assert service.log.count("[ERROR]") == 1  # of the worker that was killed
 
 
@@ -177,6 +177,6 @@ def test_a_version_that_no_worker_comes_up_with(champion: str, second: str, prom
         wait_until(lambda: "still serving v1.2.3, not v2: no worker for it" in service.log, "it is given up")
         assert service.workers() == old
         assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
-        assert len(list(service.folder().iterdir())) == 1
+        assert len(service.versions()) == 1
         service.popen.send_signal(signal.SIGHUP)
         wait_until(announced(service, "v2", 1), "told to, it tries again")
