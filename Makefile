@@ -30,6 +30,7 @@ install: .venv/installed ## make .venv with what is locked in requirements-dev.t
 
 .venv/installed: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	@test ! -L .venv || { echo ".venv is a link: remove it, or what it points to would be emptied" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	@command -v uv >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check uv
 	$(SYNC) requirements-dev.txt || { $(WITHOUT_C) requirements-dev.txt > .venv/without-c.txt && $(SYNC) .venv/without-c.txt; }

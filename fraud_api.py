@@ -301,19 +301,18 @@ class Counted:
 
     def __init__(self, predictor: Predictor, explain: bool, record: dict[str, Any]) -> None:
         self.predictor, self.explain, self.record = predictor, explain, record
-        record |= {"rows": 0, "fraud": 0, "invalid": 0}
 
     def predict(self, rows: Sequence[Transaction | Problem]) -> list[Prediction]:
         """Predictions for what could be read, in order."""
         predictions = self.predictor([row for row in rows if isinstance(row, Transaction)], self.explain)
-        self.record["rows"] += len(rows)
-        self.record["fraud"] += sum(prediction.is_fraud for prediction in predictions)
-        self.record["invalid"] += len(rows) - len(predictions)
+        fraud = sum(prediction.is_fraud for prediction in predictions)
+        for name, count in (("rows", len(rows)), ("fraud", fraud), ("invalid", len(rows) - len(predictions))):
+            self.record[name] = self.record.get(name, 0) + count
         return predictions
 
     def end(self) -> None:
-        self.predictor.metrics.batch_rows.observe(self.record["rows"])
-        self.predictor.metrics.rows.labels("invalid").inc(self.record["invalid"])
+        self.predictor.metrics.batch_rows.observe(self.record.get("rows", 0))
+        self.predictor.metrics.rows.labels("invalid").inc(self.record.get("invalid", 0))
 
 
 class Health:
@@ -400,7 +399,7 @@ def score_stream(batch: Counted, stream: Any, longest: int) -> Iterator[bytes]:
 
 
 def score_lines(batch: Counted, lines: Sequence[bytes], longest: int) -> bytes:
-    rows = decode_rows(lines, batch.record["rows"], longest)
+    rows = decode_rows(lines, batch.record.get("rows", 0), longest)
     predictions = iter(batch.predict(rows))
     return encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
 
@@ -530,7 +529,10 @@ def send(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError) ->
     resp.status = error.status
     resp.set_headers(error.headers or {})
     resp.content_type = PROBLEM
-    resp.data = encode(problem(error, request_id=req.env[RECORD]["request_id"]))
+    record = req.env[RECORD]
+    resp.data = encode(problem(error, request_id=record["request_id"]))
+    if error.description:
+        record["detail"] = error.description  # a rule, never a value
 
 
 def _expected(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: Any) -> None:

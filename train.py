@@ -912,6 +912,7 @@ def log_inputs(options: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 def log_results(title: str, result: Evaluation, facts: dict[str, Any], plots: Plots) -> None:
     """Log measures, plots, and the report with both in it."""
+    say("drawing and logging the report")
     mlflow.log_metrics(result.metrics())
     with TemporaryDirectory() as folder:
         pictures = {name: Path(folder, "plots", f"{name}.png") for name in plots}
