@@ -391,9 +391,12 @@ def score_stream(batch: Counted, stream: Any, longest: int) -> Iterator[bytes]:
     """JSON lines in, as they come; for each a line out, a prediction or a problem, in order, in constant memory."""
     try:
         for lines in read_lines(stream, longest):
-            answers = score_lines(batch, lines, longest)
-            lines.clear()  # whoever reads slowly keeps no more in memory than what he has to read
-            yield answers
+            while lines:  # whoever reads slowly keeps no more in memory than what he has to read
+                some = EXPLAINED if batch.explain else len(lines)
+                part, lines[:some] = lines[:some], []
+                answers = score_lines(batch, part, longest)
+                del part
+                yield answers
     finally:
         batch.end()
 

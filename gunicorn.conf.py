@@ -273,6 +273,8 @@ def kind_of(begun):
     head, end, body = begun.partition(b"\r\n\r\n")
     if not end:
         return PART if len(begun) < PEEK else LONG
+    if b"explain=" in head.partition(b"\r\n")[0]:  # takes as long as 64 of others
+        return LONG
     length = LENGTH.search(head + b"\n")
     missing = int(length[1]) - len(body) if length else 0
     if len(FRAMING.findall(head)) > bool(length) or len(begun) + missing > PEEK:

@@ -140,6 +140,11 @@ class Reference(msgspec.Struct, frozen=True):
     categories: list[str]
     transaction: Features
 
+    def __post_init__(self) -> None:
+        ranges = [self.ranges.get(name, (1, 0)) for name in NUMBERS]
+        if self.score_deciles != sorted(self.score_deciles) or any(low > high for low, high in ranges):
+            raise ValueError("expected deciles in order and a range for every number")
+
 
 class Metadata(msgspec.Struct, frozen=True):
     """What travels with the model in its `MLmodel` file (`log_model(metadata=…)`)."""
@@ -209,6 +214,7 @@ class Model:
             "scorer": self.scorer,
             "loaded_at": self.loaded_at,
             "metrics": self.metadata.metrics,
+            "explains": self.metadata.reference is not None,
         }
 
     def explain(self, rows: Sequence[Features]) -> tuple[Floats, list[Explanation]]:

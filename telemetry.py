@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from operator import attrgetter
-from select import PIPE_BUF
+from select import PIPE_BUF, select
 from typing import Any
 
 import msgspec
@@ -37,6 +38,7 @@ TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(
 LATENCIES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 SIZES = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)
 TOGETHER = 0.02  # seconds of requests that are logged and counted in one go
+KEPT = 10_000  # lines, while nobody reads them; older ones are lost
 FEW = 16  # rows that are looked at one by one sooner than NumPy has begun
 
 
@@ -62,9 +64,14 @@ class Metrics:
         self.answered: deque[tuple[str, int, float]] = deque()  # route, status, seconds
         self.decided: deque[tuple[Sequence[Features], Floats, int]] = deque()  # rows, their scores, how many are fraud
         self.drift: Drift | None = None
+        self.turn = threading.Lock()
 
     def settle(self) -> None:
         """Count what has been left to count. Many at a time it takes half of what it takes one by one."""
+        with self.turn:  # the main loop and whoever asks for the metrics
+            self._settle()
+
+    def _settle(self) -> None:
         while self.answered:
             route, status, seconds = self.answered.popleft()
             self.requests.labels(route, status).inc()
@@ -116,7 +123,8 @@ class Drift:
 
     def __init__(self, reference: Reference, version: str, metrics: Metrics) -> None:
         self.limits, self.categories = np.array(reference.score_deciles), {*reference.categories}
-        self.deciles = [metrics.deciles.labels(version, str(decile)) for decile in range(1, 11)]
+        distinct = np.all(np.diff(self.limits) > 0)  # else what lies between two limits is not a tenth
+        self.deciles = [metrics.deciles.labels(version, str(decile)) for decile in range(1, 11)] if distinct else []
         self.category = metrics.unfamiliar.labels(CATEGORY)
         ranges = reference.ranges
         self.numbers = [(attrgetter(name), *ranges[name], metrics.unfamiliar.labels(name)) for name in NUMBERS]
@@ -145,7 +153,7 @@ class Log(Logger):  # type: ignore[misc]
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
-        self.human, self.lines, self.flushed = sys.stdout.isatty(), deque[bytes](), 0.0
+        self.human, self.lines, self.flushed = sys.stdout.isatty(), deque[bytes](maxlen=KEPT), 0.0
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(Lines(type(self).mask, self.human))
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -155,7 +163,7 @@ class Log(Logger):  # type: ignore[misc]
 
     def access(self, resp: Any, req: Any, environ: Mapping[str, Any], request_time: timedelta) -> None:
         """gunicorn calls this when the last byte of an answer is sent, or cannot be."""
-        seconds = request_time.total_seconds()
+        seconds = max(request_time.total_seconds(), 0)  # the clock may have been set back
         self.metrics.answered.append((environ.get(ROUTE, "-"), resp.status_code, seconds))
         if not self.error_log.isEnabledFor(logging.INFO):
             return
@@ -165,7 +173,9 @@ class Log(Logger):  # type: ignore[misc]
         if found := "HTTP_TRACEPARENT" in environ and TRACE_PARENT.fullmatch(environ["HTTP_TRACEPARENT"]):
             line["trace_id"] = found[1]
         if self.human:
-            self.lines.append(f"{now:%H:%M:%S} {' '.join(map(str, [*line.values()][3:]))}\n".encode())
+            self.lines.append(
+                f"{now:%H:%M:%S} {' '.join(ascii(value).strip(chr(39)) for value in [*line.values()][3:])}\n".encode()
+            )
         else:
             self.lines.append(msgspec.json.encode(line) + b"\n")
 
@@ -178,13 +188,17 @@ class Log(Logger):  # type: ignore[misc]
         if now - self.flushed < TOGETHER:
             return
         self.flushed = time.monotonic()
-        self.metrics.settle()
-        while self.lines:
+        try:
+            self.metrics.settle()
+        except Exception:  # must not end the worker
+            self.error_log.exception("requests are not counted")
+        output = sys.stdout.fileno()
+        while self.lines and select([], [output], [], 0)[1]:  # who does not read it holds up nobody
             text = self.lines.popleft()
             while self.lines and len(text) + len(self.lines[0]) <= PIPE_BUF:
                 text += self.lines.popleft()
             with suppress(OSError):  # nobody reads it any longer
-                os.write(sys.stdout.fileno(), text)
+                os.write(output, text)
 
 
 class Lines(logging.Formatter):

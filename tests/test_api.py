@@ -1,6 +1,7 @@
 """The HTTP contract, whole bodies, against the WSGI application with a real model in it."""
 
 import gzip
+import io
 import json
 import re
 import subprocess
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from webtest import TestApp
 
 from conftest import TRANSACTION, client_of, config
-from fraud_api import create_app
+from fraud_api import Counted, Predictor, create_app, score_stream
 from model import Features, Model, Transaction
+from telemetry import Metrics
 
 PROBLEM = "application/problem+json"
 
@@ -472,6 +474,7 @@ def test_health(app: TestApp, model: Model) -> None:
         "threshold": model.threshold,
         "scorer": "treelite",
         "metrics": model.metadata.metrics,
+        "explains": True,
     }
 
 
@@ -698,6 +701,15 @@ def test_explained_batches(app: TestApp, model: Model) -> None:
     assert [row["transaction_id"] for row in batch["predictions"]] == [row["transaction_id"] for row in rows[:10]]
     assert all(row["explanation"]["base_value"] == first["explanation"]["base_value"] for row in batch["predictions"])
     assert explained(many, {"transactions": rows[:11]}, "/predict/batch")["detail"] == "more than 10 transactions"
+
+
+def test_explained_streams_come_in_small_pieces(model: Model) -> None:
+    """However much is read at a time, so that nobody takes the client for a slow one."""
+    batch = Counted(Predictor(model, Metrics()), True, {})
+    lines = (json.dumps(TRANSACTION).encode() + b"\n") * 450
+    pieces = [*score_stream(batch, io.BytesIO(lines), 65536)]
+    assert sum(piece.count(b"\n") for piece in pieces) == 450
+    assert max(piece.count(b"\n") for piece in pieces) == 100
 
 
 @pytest.mark.parametrize("query", ["explain=yes", "explain=", "explain=True", "explain"])

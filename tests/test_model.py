@@ -130,6 +130,9 @@ def test_frame_is_what_models_are_trained_on(model: Model) -> None:
 # -- the contract of a model -------------------------------------------------------------------------------------------
 
 
+GOLDEN = DATA.iloc[0].to_dict() | {"fraud_probability": 0.5}
+
+
 def golden(score: Callable[[pd.DataFrame], Sequence[float]]) -> list[dict[str, object]]:
     head = DATA.head(4)
     return [row | {"fraud_probability": float(p)} for row, p in zip(head.to_dict("records"), score(head), strict=True)]
@@ -344,6 +347,19 @@ def test_changed_golden_score_is_refused(tmp_path: Path) -> None:
     ("metadata", "problem"),
     [
         (None, "Object missing required field `threshold`"),
+        (
+            {
+                "threshold": 0.5,
+                "golden": [GOLDEN],
+                "reference": {
+                    "score_deciles": [0.1] * 9,
+                    "ranges": {"amount": [0, 1]},
+                    "categories": [],
+                    "transaction": GOLDEN,
+                },
+            },
+            "expected deciles in order and a range for every number - at `$.reference`",
+        ),
         ({"threshold": 0.5}, "Object missing required field `golden`"),
         ({"threshold": 1.5}, "Expected `float` <= 1.0 - at `$.threshold`"),
         ({"threshold": 0.5, "golden": []}, "Expected `array` of length >= 1 - at `$.golden`"),

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from chaos import Relay
 from conftest import BODY, HERE, LINE, NAME, TRANSACTION, Service, client_of, config, running, wait_until
 from fraud_api import create_app
 from model import Features, Model, Transaction
-from telemetry import Drift, Metrics
+from telemetry import KEPT, Drift, Log, Metrics
 
 PLACES = (0, 1, "master")
 KEY = "k3y-of-the-tests"
@@ -173,6 +175,26 @@ except RuntimeError:
         assert (third["message"], third["exception"][-17:]) == ("it failed ?", "RuntimeError: ***")
 
 
+def test_a_log_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing waits for nobody: what does not go into the pipe stays, up to a limit, and goes later, whole lines."""
+    reader, writer = os.pipe()
+    log = Log.__new__(Log)
+    log.lines, log.flushed, log.metrics = deque(maxlen=KEPT), 0.0, Metrics()
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        for number in range(20_000):
+            log.lines.append(b"%0100d\n" % number)
+        log.flush()
+        kept = len(log.lines)
+        assert 9000 < kept < KEPT
+        read = os.read(reader, 2**20)
+        log.flush()
+        read += os.read(reader, 2**20)
+        assert len(log.lines) < kept
+    assert [int(line) for line in read.splitlines()] == [*range(10_000, 20_000 - len(log.lines))]
+    os.close(reader)
+
+
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +263,22 @@ def test_metrics(champion: str, model: Model) -> None:
     assert 0 < found[("model_load_seconds",)] < 10
     assert 0 < found[("request_seconds_sum", "/predict")] < 10
     assert sorted(files) == sorted(f"{kind}_{place}.db" for kind in ("counter", "histogram") for place in PLACES)
+
+
+def test_counted_once_whoever_counts() -> None:
+    """The main loop and scrapes settle at the same time: nothing twice, nothing lost, no error."""
+    metrics, before = Metrics(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for _ in range(300):
+                metrics.answered.extend([("/", 200, 0.1)] * 5)
+                metrics.count([], np.array([]), 0)
+                for done in [pool.submit(metrics.settle) for _ in range(3)]:
+                    done.result()
+    finally:
+        sys.setswitchinterval(before)
+    assert metrics.registry.get_sample_value("fraud_api_requests_total", {"route": "/", "status": "200"}) == 1500
 
 
 def test_every_metric_is_explained(model: Model) -> None:
