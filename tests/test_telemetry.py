@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -263,22 +262,6 @@ def test_metrics(champion: str, model: Model) -> None:
     assert 0 < found[("model_load_seconds",)] < 10
     assert 0 < found[("request_seconds_sum", "/predict")] < 10
     assert sorted(files) == sorted(f"{kind}_{place}.db" for kind in ("counter", "histogram") for place in PLACES)
-
-
-def test_counted_once_whoever_counts() -> None:
-    """The main loop and scrapes settle at the same time: nothing twice, nothing lost, no error."""
-    metrics, before = Metrics(), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(3) as pool:
-            for _ in range(300):
-                metrics.answered.extend([("/", 200, 0.1)] * 5)
-                metrics.count([], np.array([]), 0)
-                for done in [pool.submit(metrics.settle) for _ in range(3)]:
-                    done.result()
-    finally:
-        sys.setswitchinterval(before)
-    assert metrics.registry.get_sample_value("fraud_api_requests_total", {"route": "/", "status": "200"}) == 1500
 
 
 def test_every_metric_is_explained(model: Model) -> None:
