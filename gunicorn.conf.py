@@ -395,11 +395,11 @@ class Supervisor:
             self.tidy()
 
     def tidy(self):
-        """Only the versions in use stay in memory."""
-        used = [Path(snapshot.path) for snapshot in (fraud_api.snapshot, self.settled)]
+        """Only the versions in use stay in memory, and the metrics."""
+        used = [self.folder / METRICS, *(Path(snapshot.path) for snapshot in (fraud_api.snapshot, self.settled))]
         with suppress(OSError):
             for folder in self.folder.iterdir():
-                if folder.name != METRICS and not any(path.is_relative_to(folder) for path in used):
+                if not any(path.is_relative_to(folder) for path in used):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def drain(self):

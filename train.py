@@ -199,6 +199,10 @@ class Sample:
     def take(self, chosen: np.ndarray) -> "Sample":
         return Sample(self.rows.iloc[chosen], self.labels[chosen], None if self.truth is None else self.truth[chosen])
 
+    def evenly(self, most: int) -> "Sample":
+        """No more than so many rows, from the first to the last."""
+        return self.take(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int))
+
 
 Parts = tuple[Sample, Sample, Sample]
 Plots = dict[str, Callable[[Axes], None]]
@@ -399,7 +403,7 @@ def search(sample: Sample, trees: int, budget: int, in_order: bool, seed: int) -
     By time a fold is later than what it is trained on. Of more rows than `SEARCH_ROWS` evenly chosen ones are taken.
     """
     candidates = [DEFAULTS, *ParameterSampler(SPACE, budget - 1, random_state=seed)]
-    few = sample.take(np.linspace(0, len(sample) - 1, min(len(sample), SEARCH_ROWS)).astype(int))
+    few = sample.evenly(SEARCH_ROWS)
     splitter = TimeSeriesSplit(3) if in_order else StratifiedKFold(3, shuffle=True, random_state=seed)
     every = splitter.split(few.rows, few.labels)
     folds = [fold for fold in every if all(few.labels[rows].sum() >= FEWEST_IN_PART for rows in fold)]
@@ -619,7 +623,7 @@ def draw_cost(on: Axes, models: list[Scores], sample: Sample, prices: Prices) ->
 
 def draw_importance(on: Axes, model: Pipeline, sample: Sample, seed: int) -> None:
     """Breiman 2001: what shuffling one field costs, over 5 shuffles of up to 50,000 rows."""
-    few = sample.take(np.linspace(0, len(sample) - 1, min(len(sample), IMPORTANCE_ROWS)).astype(int))
+    few = sample.evenly(IMPORTANCE_ROWS)
     found = permutation_importance(
         model, few.rows, few.labels, scoring="average_precision", n_repeats=5, random_state=seed
     )

@@ -89,6 +89,7 @@ def test_forward_and_back_under_load(
     chaos.report(f"{len(switches) - 1} versions rolled by {how} under load", f"{len(load.answers):,} requests", "0")
 
 
+@pytest.mark.alone  # its deadline has the imports in it
 def test_what_is_wrong_with_a_version_stops_nothing(
     champion: str, second: str, pickled: str, promote: Callable[[str], None]
 ) -> None:

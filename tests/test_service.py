@@ -264,6 +264,7 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
+@pytest.mark.alone  # it measures time
 def test_silent_registry(silent_server: str) -> None:
     """One deadline over everything, counted from the start of the process."""
     status, seconds, lines = failure(silent_server, model_load_timeout="4")
