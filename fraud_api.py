@@ -8,11 +8,13 @@ import re
 import sys
 import threading
 import time
+import traceback
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from random import getrandbits
@@ -159,7 +161,7 @@ def create_app(config: Config, model: Model, stopping: Sequence[int] = b"\0", me
         app.add_route(path, resource, suffix={"/health/live": "live", "/health/ready": "ready"}.get(path))
     app.add_error_handler(Exception, _unexpected)
     app.add_error_handler(falcon.HTTPError, _expected)
-    app.add_error_handler(ConnectionResetError, _hang_up)
+    app.add_error_handler(ConnectionResetError, partial(_hang_up, metrics))
     return app
 
 
@@ -181,10 +183,14 @@ class Identification:
         environ = req.env
         request_id = environ.get("HTTP_X_REQUEST_ID")
         if request_id is None or not REQUEST_ID.fullmatch(request_id):
-            request_id = f"{getrandbits(128):032x}"  # not os.urandom: it would hand the GIL over
+            request_id = new_id()
         environ[RECORD] = {"request_id": request_id, "model_version": self.version}
         environ[ROUTE] = req.path if req.path in self.routes else "-"
         resp.set_header("X-Request-ID", request_id)
+
+
+def new_id() -> str:
+    return f"{getrandbits(128):032x}"  # not os.urandom: it would hand the GIL over
 
 
 class Authorization:
@@ -397,6 +403,11 @@ def score_stream(batch: Counted, stream: Any, longest: int) -> Iterator[bytes]:
                 answers = score_lines(batch, part, longest)
                 del part
                 yield answers
+    except OSError:
+        raise
+    except Exception as error:
+        report(batch.record, error)
+        raise ConnectionResetError(errno.ECONNRESET, "a stream that failed") from None  # gunicorn closes, quietly
     finally:
         batch.end()
 
@@ -543,12 +554,19 @@ def _expected(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPErro
     send(req, resp, error)
 
 
-def _hang_up(req: Any, resp: Any, error: ConnectionResetError, params: Any) -> None:
-    """There is nobody to answer: gunicorn closes the connection."""
+def _hang_up(metrics: Metrics, req: falcon.Request, resp: Any, error: ConnectionResetError, params: Any) -> None:
+    """There is nobody to answer: gunicorn closes the connection. 499 says so, as it does in nginx's log."""
+    metrics.answer(req.env, 499)
     raise error
 
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:
     """A mistake of ours: details in the log, the request's id to the client."""
-    log.error("request %s: %s %s failed", req.env[RECORD]["request_id"], req.method, req.path, exc_info=error)
+    report(req.env[RECORD], error)
     send(req, resp, falcon.HTTPInternalServerError())
+
+
+def report(record: Mapping[str, Any], error: Exception) -> None:
+    """Log what failed and where, but not the error's own words, which may quote a transaction."""
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    log.error("request %s failed: %s\n%s", record["request_id"], type(error).__name__, trace)

@@ -77,7 +77,7 @@ class Worker(ThreadWorker):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.born, self.leaving = fraud_api.snapshot, time.monotonic(), False
-        self.ready = mmap.mmap(-1, 1)
+        self.ready, self.tls = mmap.mmap(-1, 1), self.cfg.is_ssl
         self.max_keepalived = self.worker_connections // 2
         self.active = {}  # connection: since when it has been looked at, and the bytes that it had moved by then
         self.parting = {}  # connection: until when its client may go on
@@ -110,8 +110,8 @@ class Worker(ThreadWorker):
 
     def enqueue_req(self, conn):
         """Give a connection on which something has come a thread of the right pool, or none yet."""
-        begun = b"" if self.cfg.is_ssl else peek(conn.sock)
-        kind = LONG if self.cfg.is_ssl or unsent(conn.sock) else kind_of(begun)
+        begun = b"" if self.tls else peek(conn.sock)
+        kind = LONG if self.tls or unsent(conn.sock) else kind_of(begun)
         if conn not in self.active:
             if len(self.active) >= settings.max_connections and not begun.startswith(b"GET /health"):
                 self.handle_error(None, conn.sock, conn.client, Overloaded())
@@ -158,9 +158,12 @@ class Worker(ThreadWorker):
         else:
             error = falcon.HTTPBadRequest()
             self.log.warning("refused what is no valid HTTP: %s", type(exc).__name__)
-        fraud_api.metrics.requests.labels("-", error.status_code).inc()
-        body = fraud_api.encode(fraud_api.problem(error))
+        record = {"request_id": fraud_api.new_id()}
+        asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
+        self.log.metrics.answer({telemetry.RECORD: record, **asked}, error.status_code)
+        body = fraud_api.encode(fraud_api.problem(error, **record))
         fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
+        fields["X-Request-ID"] = record["request_id"]
         lines = [f"{name}: {value}" for name, value in (fields | dict(error.headers or {})).items()]
         with suppress(OSError):  # there may be nobody any longer
             util.write_nonblock(client, "\r\n".join([f"HTTP/1.1 {error.status}", *lines, "", ""]).encode() + body)
@@ -172,13 +175,14 @@ class Worker(ThreadWorker):
             return False
 
     def finish_request(self, conn, done):
-        more = self.alive and done.result() and conn.parser.unreader.take_buffered()
+        keep = self.alive and done.result()
+        more = keep and conn.parser.unreader.take_buffered()
         if more:  # of a next request, sent without waiting for the answer; where it ends, nobody has looked
             conn.parser.unreader.unread(more)
             self.submit(conn, self.slow_pool)
             return
         del self.active[conn]
-        if self.alive and done.result():
+        if keep:
             super().finish_request(conn, done)
         else:
             self.part_from(conn)
@@ -258,6 +262,9 @@ class Worker(ThreadWorker):
         self.log.flush()
         for conn in self.active:  # out of time: a thread that waits for a client would hold up the exit
             cut(conn.sock)
+        for pool in (self.tpool, self.slow_pool):
+            pool.shutdown()
+        self.log.flush()
 
 
 def peek(connection):
@@ -485,6 +492,7 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     fraud_api.metrics.place = worker.place
+    server.cfg.set("graceful_timeout", max(graceful_timeout - 1, 1))  # the worker's own: it ends before it is killed
 
 
 def post_worker_init(worker):

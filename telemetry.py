@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -42,6 +43,19 @@ KEPT = 10_000  # lines, while nobody reads them; older ones are lost
 FEW = 16  # rows; fewer wait until they are counted together with others, more are counted at once
 
 
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """What there is to count and to log about a request."""
+
+    time: float  # of its end, seconds since the epoch
+    method: str
+    path: str
+    route: str
+    status: int
+    seconds: float | None
+    record: dict[str, Any]
+    trace_parent: str
+
+
 class Metrics:
     """All metrics that there are; README explains them. With a folder they are those of all processes together."""
 
@@ -61,10 +75,26 @@ class Metrics:
         self.unfamiliar = counter("unfamiliar_values", "values that training had none of, by field", ["field"])
         self.restarts = counter("worker_restarts", "workers that ended without being told to")
         self.failed_reloads = counter("failed_reloads", "times that a version could not be found or served")
-        self.answered: deque[tuple[str, int, float]] = deque()  # route, status, seconds
+        self.answered, self.counted = deque[Answer](), deque[Answer]()  # to count, then to log
         self.decided: deque[tuple[Sequence[Features], Floats, int]] = deque()  # rows, their scores, how many are fraud
         self.drift: Drift | None = None
         self.turn = threading.Lock()
+
+    def answer(self, environ: Mapping[str, Any], status: int, seconds: float | None = None) -> None:
+        """A request has come to its end, after so many seconds where that is known."""
+        get = environ.get
+        self.answered.append(
+            Answer(
+                time.time(),
+                get("REQUEST_METHOD", "-"),
+                get("PATH_INFO", "-"),
+                get(ROUTE, "-"),
+                status,
+                seconds,
+                get(RECORD, {}),
+                get("HTTP_TRACEPARENT", ""),
+            )
+        )
 
     def settle(self) -> None:
         """Count what has been left to count. Many at a time it takes half of what it takes one by one."""
@@ -72,10 +102,15 @@ class Metrics:
             self._settle()
 
     def _settle(self) -> None:
-        while self.answered:
-            route, status, seconds = self.answered.popleft()
-            self.requests.labels(route, status).inc()
-            self.seconds.labels(route).observe(seconds)
+        answers = [self.answered.popleft() for _ in range(len(self.answered))]
+        for (route, status), count in Tally((answer.route, answer.status) for answer in answers).items():
+            self.requests.labels(route, status).inc(count)
+        for route in {answer.route for answer in answers}:
+            observe = self.seconds.labels(route).observe
+            for answer in answers:
+                if answer.route == route and answer.seconds is not None:
+                    observe(answer.seconds)
+        self.counted.extend(answers)
         decided = [self.decided.popleft() for _ in range(len(self.decided))]
         if decided:
             rows = [row for part, _, _ in decided for row in part]
@@ -162,24 +197,24 @@ class Log(Logger):  # type: ignore[misc]
 
     def access(self, resp: Any, req: Any, environ: Mapping[str, Any], request_time: timedelta) -> None:
         """gunicorn calls this when the last byte of an answer is sent, or cannot be."""
-        seconds = max(request_time.total_seconds(), 0)  # the clock may have been set back
-        self.metrics.answered.append((environ.get(ROUTE, "-"), resp.status_code, seconds))
-        if not self.error_log.isEnabledFor(logging.INFO):
-            return
-        now, path = datetime.now(UTC), environ["PATH_INFO"][:256]
-        line = {"time": now, "level": "info", "logger": "request", "method": environ["REQUEST_METHOD"], "path": path}
-        line |= {"status": resp.status_code, "duration_ms": round(seconds * 1000, 3), **environ.get(RECORD, {})}
-        if found := "HTTP_TRACEPARENT" in environ and TRACE_PARENT.fullmatch(environ["HTTP_TRACEPARENT"]):
+        self.metrics.answer(environ, resp.status_code, max(request_time.total_seconds(), 0))  # clocks are set back
+
+    def line(self, answer: Answer) -> bytes:
+        now = datetime.fromtimestamp(answer.time, UTC)
+        line = {"time": now, "level": "info", "logger": "request", "method": answer.method}
+        line |= {"path": answer.path[:256], "status": answer.status}
+        if answer.seconds is not None:
+            line["duration_ms"] = round(answer.seconds * 1000, 3)
+        line |= answer.record
+        if found := TRACE_PARENT.fullmatch(answer.trace_parent):
             line["trace_id"] = found[1]
         if self.human:
-            self.lines.append(
-                f"{now:%H:%M:%S} {' '.join(ascii(value).strip(chr(39)) for value in [*line.values()][3:])}\n".encode()
-            )
-        else:
-            self.lines.append(msgspec.json.encode(line) + b"\n")
+            values = " ".join(ascii(value).strip("'") for value in [*line.values()][3:])
+            return f"{now:%H:%M:%S} {values}\n".encode()
+        return msgspec.json.encode(line) + b"\n"
 
     def flush(self, now: float = math.inf) -> None:
-        """Write the lines of requests, and count them, in the worker's main loop, some at a time.
+        """Count requests, then write their lines, in the worker's main loop, some at a time.
 
         In each thread for itself it would cost a request 40 µs. No more is written at once than a pipe takes whole
         from one of many writers (pipe(7), PIPE_BUF).
@@ -187,10 +222,15 @@ class Log(Logger):  # type: ignore[misc]
         if now - self.flushed < TOGETHER:
             return
         self.flushed = time.monotonic()
+        wanted, counted = self.error_log.isEnabledFor(logging.INFO), self.metrics.counted
         try:
             self.metrics.settle()
+            while counted:
+                answer = counted.popleft()
+                if wanted:
+                    self.lines.append(self.line(answer))
         except Exception:  # must not end the worker
-            self.error_log.exception("requests are not counted")
+            self.error_log.exception("requests are not counted or not logged")
         output = sys.stdout.fileno()
         while self.lines and select([], [output], [], 0)[1]:  # who does not read it holds up nobody
             text = self.lines.popleft()

@@ -198,10 +198,12 @@ async def ask(port: int, outcomes: list[tuple[str, float]]) -> None:
         status = answer[9:12].decode()
         if status == "503":
             assert b"\r\nRetry-After: 1\r\n" in answer
-            assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {
+            fields, _, body = answer.partition(b"\r\n\r\n")
+            assert json.loads(body) == {
                 "type": "about:blank",
                 "title": "Service Unavailable",
                 "status": 503,
+                "request_id": fields.decode().rpartition("X-Request-ID: ")[2],
             }
         outcomes.append((status or "closed", time.monotonic() - started))
     except (OSError, TimeoutError) as error:
@@ -263,7 +265,9 @@ def test_ten_times_the_capacity(champion: str, slow_model: str, chaos: Chaos) ->
 
         outcomes, recovered = asyncio.run(offer(service.port, 10 * capacity, seconds, watch))
         assert "Traceback" not in service.log
-    counts = Counter(status for status, _ in outcomes)
+        counts = Counter(status for status, _ in outcomes)
+        refused = [line for line in service.requests if line["status"] == 503]
+    assert len(refused) >= counts["503"]
     answered = sorted(taken for status, taken in outcomes if status == "200")
     p99 = answered[int(0.99 * len(answered))]
     assert {*counts} <= {"200", "503", "not connected"}

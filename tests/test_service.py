@@ -184,7 +184,7 @@ def test_error_amid_a_stream(champion: str) -> None:
     class Fails(mlflow.pyfunc.PythonModel):
         def predict(self, context, model_input, params=None):
             if (model_input["amount"] == 666).any():
-                raise RuntimeError("secret detail")
+                raise RuntimeError(f"cannot score {model_input}")
             return model_input["hour"] / 100
 
     row = train.generate(1, 0).rows.iloc[0].to_dict()
@@ -206,10 +206,12 @@ def test_error_amid_a_stream(champion: str) -> None:
                 receive(connection, b"tx_12345")
                 connection.sendall(chunk(LINE.replace(b"150.5", b"666") * 90))
                 rest = b"".join(iter(lambda: connection.recv(2**16), b""))
-            assert b"secret" not in rest
+            assert b"cannot" not in rest
             assert not rest.endswith(b"0\r\n\r\n")
         assert service.post("/predict", TRANSACTION)["fraud_probability"] == 0.14
         assert service.workers() == workers
+        assert len(re.findall(r"request \w+ failed: RuntimeError\n  File ", service.log)) == 3
+        assert "grocery_stores" not in service.log
 
 
 def test_memory_over_a_long_stream(champion: str) -> None:

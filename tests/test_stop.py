@@ -3,11 +3,15 @@
 import http.client
 import signal
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
-from conftest import BODY, TRANSACTION, get, running, wait_until
+from conftest import BODY, LINE, TRANSACTION, get, running, wait_until
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+STREAM = (
+    b"POST /predict/batch HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-ndjson\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
 
 
 def test_drain(champion: str) -> None:
@@ -38,13 +42,19 @@ def test_drain(champion: str) -> None:
 def test_clients_that_never_finish(champion: str) -> None:
     """They do not hold up the end beyond GRACEFUL_TIMEOUT, nor make it a failure."""
     with running(champion, drain_seconds="0", graceful_timeout="3", web_concurrency="1") as service:
-        with service.connect() as body, service.connect() as head, service.connect() as stream, service.connect():
+        with ExitStack() as stack:
+            body, head, stream, lines, _ = (stack.enter_context(service.connect()) for _ in range(5))
             body.sendall(HEAD + BODY[:50])
             head.sendall(HEAD[:30])
             stream.sendall(HEAD.replace(b"Content-Length: %d" % len(BODY), b"Transfer-Encoding: chunked"))
+            lines.sendall(STREAM + b"%X\r\n%s\r\n" % (len(LINE) * 10, LINE * 10))
+            lines.recv(1)  # the first answers
             wait_until(lambda: get(f"{service.url}/health/live") == 200, "it serves")
             stopped = time.monotonic()
             service.popen.send_signal(signal.SIGTERM)
             assert service.wait() == 0
             assert time.monotonic() - stopped < 3
         assert "Traceback" not in service.log
+        known = [(line["path"], line["status"], "rows" in line) for line in service.requests]
+        assert known.count(("/predict/batch", 200, True)) == 1
+        assert known.count(("/predict", 499, False)) == 1

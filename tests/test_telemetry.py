@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -133,6 +135,37 @@ def test_line_of_a_refusal(keyed: Service, path: str, headers: dict[str, str], s
     } | ({"detail": problem["detail"]} if "detail" in problem else {})
 
 
+def test_line_of_what_is_not_understood(keyed: Service) -> None:
+    """What is no HTTP is refused with an id too, and a body that breaks off has a line, though no answer."""
+    before = samples(keyed)
+    with keyed.connect() as connection:
+        connection.sendall(b"GET /\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: connection.recv(2**16), b"")).partition(b"\r\n\r\n")
+    request_id = head.decode().rpartition("X-Request-ID: ")[2]
+    problem = {"type": "about:blank", "title": "Bad Request", "status": 400, "request_id": request_id}
+    assert (head[:24], json.loads(body)) == (b"HTTP/1.1 400 Bad Request", problem)
+    with keyed.connect() as connection:
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: broken\r\n"
+        connection.sendall(
+            head.encode() + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+        )
+        assert connection.recv(1) == b""
+    wait_until(lambda: any(line["request_id"] == "broken" for line in keyed.requests), "it is logged")
+    lines = {line.pop("request_id"): line for line in keyed.requests}
+    assert all(lines[name].pop("time") for name in (request_id, "broken"))
+    line = {"level": "info", "logger": "request"}
+    assert lines[request_id] == line | {"method": "-", "path": "-", "status": 400}
+    broken = {"method": "POST", "path": "/predict", "status": 499, "model_version": "v1.2.3"}
+    assert lines["broken"] == line | broken
+    after = samples(keyed)
+    grown = {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
+    assert {name: value for name, value in grown.items() if name[0] == "requests_total"} == {
+        ("requests_total", "-", "400"): 1,
+        ("requests_total", "/predict", "499"): 1,
+        ("requests_total", "/metrics", "200"): 1,
+    }
+
+
 def test_every_line_is_json_and_keeps_secrets(keyed: Service) -> None:
     """gunicorn's and MLflow's as well; no value of a field, no key."""
     text = "\n".join(keyed.output_lines)
@@ -178,7 +211,7 @@ def test_a_log_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing waits for nobody: what does not go into the pipe stays, up to a limit, and goes later, whole lines."""
     reader, writer = os.pipe()
     log = Log.__new__(Log)
-    log.lines, log.flushed, log.metrics = deque(maxlen=KEPT), 0.0, Metrics()
+    log.lines, log.flushed, log.metrics, log.error_log = deque(maxlen=KEPT), 0.0, Metrics(), logging.getLogger()
     with os.fdopen(writer, "w") as output:
         monkeypatch.setattr(sys, "stdout", output)
         for number in range(20_000):
@@ -221,11 +254,7 @@ def test_metrics(champion: str, model: Model) -> None:
             ask(service, "/somewhere/else")
             nonlocal asked
             asked += 23
-            mine = (
-                "/predict",
-                "/predict/batch",
-                "/somewhere/else",
-            )  # counted a little later
+            mine = ("/predict", "/predict/batch", "/somewhere/else")  # a line comes when it has been counted
             wait_until(lambda: sum(line["path"] in mine for line in service.requests) == asked, "all are counted")
 
         asked = 0
@@ -262,6 +291,21 @@ def test_metrics(champion: str, model: Model) -> None:
     assert 0 < found[("model_load_seconds",)] < 10
     assert 0 < found[("request_seconds_sum", "/predict")] < 10
     assert sorted(files) == sorted(f"{kind}_{place}.db" for kind in ("counter", "histogram") for place in PLACES)
+
+
+def test_counting_from_two_sides() -> None:
+    """The main loop and a scrape count what there is at the same time: all of it, once."""
+    metrics, interval = Metrics(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor() as pool:
+            for _ in range(10_000):
+                metrics.answer({}, 200)
+            for done in [pool.submit(metrics.settle) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert metrics.requests.labels("-", 200)._value.get() == len(metrics.counted) == 10_000
 
 
 def test_every_metric_is_explained(model: Model) -> None:
