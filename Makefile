@@ -7,9 +7,26 @@ UV := $(or $(shell command -v uv),$(BIN)/uv)
 WITH_ENV := $(UV) run --quiet --no-project --env-file .env.example $(if $(wildcard .env),--env-file .env) --
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(if $(UPGRADE),--upgrade)
 
-SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes --compile-bytecode
+SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes --build-constraints requirements-build.txt --compile-bytecode
 # gunicorn's parser in C is the one package that comes as source; without a compiler gunicorn uses its own in Python.
 WITHOUT_C := awk '/^gunicorn-h1c==/ {skip = 1} !skip {print} !/\\$$/ {skip = 0}'
+
+# $(call COMMIT,file,message): this file and nothing else, if it has changed
+COMMIT = git diff --quiet HEAD -- $(1) || git commit --quiet --message "$(2)" -- $(1)
+
+# The image: IMAGE:TAG, built by the first of docker, podman and buildah that works; OPTIONS go to it as they are.
+IMAGE ?= fraud-api
+TAG ?= latest
+BUILDER ?= $(shell docker info > /dev/null 2>&1 && echo docker || basename "$$(command -v podman || command -v buildah)")
+OUTPUT ?= type=docker
+EPOCH = $(shell git log -1 --format=%ct)
+BUILD_docker = docker buildx build --output $(OUTPUT),rewrite-timestamp=true --build-arg SOURCE_DATE_EPOCH=$(EPOCH)
+BUILD_podman = podman build --format docker --network host --timestamp $(EPOCH)
+BUILD_buildah = buildah build --format docker --network host --timestamp $(EPOCH)
+BUILD_ARGS = COMMIT=$(shell git rev-parse HEAD) VERSION=$(shell git describe --tags --always) \
+	SOURCE=$(shell git config remote.origin.url | sed 's|//.*@|//|') \
+	$(if $(GITHUB_RUN_ID),BUILD=$(GITHUB_SERVER_URL)/$(GITHUB_REPOSITORY)/actions/runs/$(GITHUB_RUN_ID)) \
+	$(if $(PYTHON_IMAGE),PYTHON_IMAGE=$(PYTHON_IMAGE)) $(if $(BUILD_PACKAGES),"BUILD_PACKAGES=$(BUILD_PACKAGES)")
 
 export PYTHONDONTWRITEBYTECODE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -60,19 +77,87 @@ chaos: install ## kill, cut off, overload and confuse it for 5 minutes and write
 	$(BIN)/python -m pytest --quiet --capture=sys --chaos 25
 
 .PHONY: lint
-lint: install ## check style and types
+lint: install ## check style and types, of scripts, image and workflows too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run tests/*/*.sh
+	$(BIN)/hadolint --no-color Dockerfile tests/cluster/mlflow.Dockerfile
+	$(BIN)/zizmor --offline --no-progress --quiet --strict-collection .github
+
+.PHONY: checkov
+checkov: install ## check image, workflows and what kubectl renders against Checkov's policies
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	cp -r Dockerfile .github "$$folder"; kubectl kustomize k8s > "$$folder/k8s.yaml"; \
+	$(UV) tool run --quiet --python $(BIN)/python --from checkov==3.3.30 checkov --directory "$$folder" --quiet --compact \
+		--skip-download --framework kubernetes dockerfile github_actions \
+		--skip-check CKV_GHA_7 # no inputs of workflows: release-model takes a version's number, and builds nothing
 
 .PHONY: bench
 bench: install ## measure it against its peers (7 minutes, needs wrk) and write the table into README.md
 	@$(WITH_ENV) $(BIN)/python -m bench.bench
 
+.PHONY: image
+image: ## build the image with docker, podman or buildah, whichever is there
+	@set -e; secrets=$$(mktemp); trap 'rm -f "$$secrets"' EXIT; \
+	env | grep -E '^(PIP_INDEX_URL|UV_DEFAULT_INDEX|HTTPS?_PROXY|NO_PROXY)=' > "$$secrets" || true; \
+	if [ -n "$$SSL_CERT_FILE" ]; then \
+		printf '%s=/run/secrets/ca\n' SSL_CERT_FILE PIP_CERT >> "$$secrets"; ca="--secret id=ca,src=$$SSL_CERT_FILE"; \
+	fi; \
+	set -- --secret "id=env,src=$$secrets" $$ca; for arg in $(BUILD_ARGS); do set -- "$$@" --build-arg "$$arg"; done; \
+	$(or $(BUILD_$(BUILDER)),$(error needs docker, podman or buildah)) "$$@" --tag $(IMAGE):$(TAG) $(OPTIONS) .
+
+.PHONY: image-test
+image-test: install ## build and run the image as Kubernetes would, by podman, and break it; needs root
+	tests/image/run.sh
+
+.PHONY: image-scan
+image-scan: ## fail on what is known, serious and mended elsewhere; needs grype
+	$(or $(GRYPE),grype) $(IMAGE):$(TAG) --fail-on high --only-fixed
+
+.PHONY: image-push
+image-push: ## build and push it with SBOM and provenance, and say its digest; needs docker buildx
+	@set -e; built=$$(mktemp); trap 'rm -f "$$built"' EXIT; \
+	$(MAKE) --silent image BUILDER=docker OUTPUT=type=image,push=true \
+		OPTIONS="--sbom=true --provenance=mode=max --metadata-file $$built" >&2; \
+	python3 -c 'import json, sys; print("digest=" + json.load(open(sys.argv[1]))["containerimage.digest"])' "$$built"
+
+.PHONY: image-sign
+image-sign: ## sign IMAGE@DIGEST with the identity of who runs it, no key; needs cosign
+	cosign sign --yes $(IMAGE)@$(DIGEST)
+
+.PHONY: manifests
+manifests: install ## render k8s/ and check it, the image and the pipeline against each other
+	$(BIN)/python -m pytest tests/test_ship.py
+
+.PHONY: end-to-end
+end-to-end: install ## the whole of it in a cluster made by kind; needs docker, kind and kubectl
+	tests/cluster/run.sh
+
+.PHONY: release-model
+release-model: ## commit that VERSION of the model is what is served: make release-model VERSION=7
+	@expr "$$VERSION" : '[1-9][0-9]*$$' > /dev/null \
+		|| { echo "VERSION: expected a version's number, such as VERSION=7" >&2; exit 2; }
+	@sed -i "s|^\(MODEL_URI=models:/[^/@]*\)[/@].*|\1/$$VERSION|" k8s/service.env
+	@$(call COMMIT,k8s/service.env,Release $$(sed -n 's|^MODEL_URI=models:/||p' k8s/service.env | tr / ' '))
+
+.PHONY: release-image
+release-image: ## commit that DIGEST of IMAGE is what runs; needs kustomize
+	@expr "$$DIGEST" : 'sha256:[0-9a-f]\{64\}$$' > /dev/null \
+		|| { echo "DIGEST: expected sha256: and 64 hexadecimal digits" >&2; exit 2; }
+	@cd k8s && kustomize edit set image fraud-api=$(IMAGE)@$$DIGEST
+	@$(call COMMIT,k8s/kustomization.yaml,Deploy $$DIGEST)
+
+.PHONY: push
+push: ## push what the pipeline has committed to main, after what others have
+	@set -e; url="https://x-access-token:$$GITHUB_TOKEN@$${GITHUB_SERVER_URL#https://}/$$GITHUB_REPOSITORY"; \
+	git pull --quiet --rebase "$$url" main; git push --quiet "$$url" HEAD:main
+
 .PHONY: lock
 lock: ## pin what requirements*.in ask for, with hashes; UPGRADE=1 takes the newest
 	$(LOCK) requirements-dev.in --output-file requirements-dev.txt
 	$(LOCK) --constraint requirements-dev.txt requirements.in --output-file requirements.txt
+	$(LOCK) --constraint requirements-dev.txt requirements-build.in --output-file requirements-build.txt
 
 .PHONY: clean
 clean: ## remove the environment, the local registry and caches

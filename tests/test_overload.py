@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -203,7 +204,7 @@ async def ask(port: int, outcomes: list[tuple[str, float]]) -> None:
                 "type": "about:blank",
                 "title": "Service Unavailable",
                 "status": 503,
-                "request_id": fields.decode().rpartition("X-Request-ID: ")[2],
+                "request_id": re.findall(r"X-Request-ID: (\w+)", fields.decode())[0],
             }
         outcomes.append((status or "closed", time.monotonic() - started))
     except (OSError, TimeoutError) as error:

@@ -1,0 +1,57 @@
+# The service as an image: numeric user, read-only root, no compiler, no installer, the same layers from the same commit.
+# `make image` builds it with docker, podman or buildah.
+ARG PYTHON_IMAGE=docker.io/library/python:3.13-slim-trixie@sha256:9d2e5553305c7c7b0097999bb17187c69b921ccd6bc9d40e4bb5ebe652c00285
+
+# checkov:skip=CKV_DOCKER_7:tag and digest are in the argument
+FROM ${PYTHON_IMAGE} AS build
+# gunicorn's parser in C is the one package that comes as source; the compiler stays in this stage.
+ARG BUILD_PACKAGES="gcc libc6-dev"
+# hadolint ignore=DL3008,SC2086
+RUN apt-get update && apt-get install --yes --no-install-recommends ${BUILD_PACKAGES}
+WORKDIR /build
+COPY requirements-build.txt requirements.txt ./
+ARG SOURCE_DATE_EPOCH=0
+# Two secrets for who has a package index or a certificate authority of their own: lines of NAME=value, and the authority.
+# hadolint ignore=SC1091,DL3042
+RUN --mount=type=secret,id=env --mount=type=secret,id=ca \
+    set -a; ! test -e /run/secrets/env || . /run/secrets/env; \
+    export CFLAGS=-g0 LDFLAGS=-s UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1; \
+    python3 -m venv uv && uv/bin/pip install --require-hashes -r requirements-build.txt && \
+    python3 -m venv --without-pip /opt/venv && \
+    uv/bin/uv pip sync --python /opt/venv/bin/python --require-hashes --build-constraints requirements-build.txt \
+        requirements.txt
+# What nothing here imports: what Databricks' client needs, another server, tests, AWS but for S3 and its logins.
+WORKDIR /opt/venv/lib
+RUN /build/uv/bin/uv pip uninstall --python /opt/venv/bin/python \
+        google-auth pyasn1-modules pyasn1 cryptography cffi pycparser gitpython gitdb smmap uvicorn h11 && \
+    find . -type d -name tests -prune -exec rm -r {} + && \
+    find ./*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
+        ! -name s3 ! -name sts ! -name 'sso*' -exec rm -r {} +
+
+# hadolint ignore=DL3006
+FROM ${PYTHON_IMAGE}
+ENV PATH=/opt/venv/bin:${PATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOST=0.0.0.0
+COPY --from=build /opt/venv /opt/venv
+WORKDIR /app
+COPY config.py fraud_api.py gunicorn.conf.py model.py openapi.json page.html telemetry.py ./
+# Bytecode of what is imported, Python's own too: nobody can write it later, and files' times, which it is usually
+# checked against, are all the same here. That the service can be imported is tested by the way.
+RUN MLFLOW_DISABLE_TELEMETRY=true python -c 'import boto3, fraud_api, gunicorn.app.wsgiapp, gunicorn.workers.gthread; \
+        import opentelemetry.sdk.trace, py_compile, sys; \
+        files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}; \
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH; \
+        [py_compile.compile(file, doraise=True, invalidation_mode=mode) for file in sorted(files) if file[-3:] == ".py"]' \
+    && rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/bin/pip*
+# What /version says (https://github.com/mozilla-services/Dockerflow/blob/main/docs/version_object.md).
+ARG SOURCE=""
+ARG VERSION=""
+ARG COMMIT=""
+ARG BUILD=""
+RUN printf '{"source":"%s","version":"%s","commit":"%s","build":"%s"}\n' \
+    "$SOURCE" "$VERSION" "$COMMIT" "$BUILD" > version.json
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 CMD ["python", "-c", \
+    "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('PORT', '8000')}/health/live\", timeout=2)"]
+CMD ["gunicorn"]

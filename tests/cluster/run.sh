@@ -1,0 +1,75 @@
+#!/bin/bash
+# The whole of it in a cluster of its own: MLflow in it, a trained model, `kubectl apply -k`, predictions through the
+# Service, under load a pod that goes and a version that is rolled. Needs docker, kind and kubectl; `make end-to-end`.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+cluster=fraud-api-e2e
+work=$(mktemp -d)
+export KUBECONFIG=$work/kubeconfig
+say() { printf '%(%H:%M:%S)T %s\n' -1 "$*"; }
+finish() {
+    status=$?
+    if [ "$status" != 0 ]; then
+        kubectl get pods -A || true
+        kubectl -n fraud-api describe pods | tail -40 || true
+        kubectl -n fraud-api logs -l app.kubernetes.io/name=fraud-api --tail=40 || true
+    fi
+    kill "${forward:-}" 2> /dev/null || true
+    kind delete cluster --name $cluster || true
+    rm -rf "$work"
+    exit "$status"
+}
+trap finish EXIT
+
+say "images"
+make --silent image IMAGE=fraud-api TAG=e2e
+mkdir "$work/mlflow"
+awk '/^gunicorn-h1c==/ {skip = 1} !skip {print} !/\\$/ {skip = 0}' requirements-dev.txt > "$work/mlflow/requirements.txt"
+base=$(sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile)
+docker build --quiet --tag mlflow:e2e --build-arg PYTHON_IMAGE="$base" --file tests/cluster/mlflow.Dockerfile "$work/mlflow"
+
+say "cluster"
+kind create cluster --name $cluster --wait 180s
+kind load docker-image --name $cluster fraud-api:e2e mlflow:e2e
+
+say "MLflow, and two versions of a model in it"
+kubectl apply -f tests/cluster/mlflow.yaml
+kubectl -n mlflow rollout status deployment/mlflow --timeout=180s
+kubectl -n mlflow port-forward service/mlflow 5000 > "$work/forward" &
+forward=$!
+timeout 60 sh -c "until grep -q Forwarding '$work/forward'; do sleep 0.2; done"
+for release in v1 v2; do
+    MLFLOW_TRACKING_URI=http://localhost:5000 .venv/bin/python train.py --rows 20000 --budget 1 --release $release \
+        --seed "${release#v}" --promote always
+done
+
+say "the service"
+key=$(openssl rand -hex 16)
+mkdir "$work/tests" && cp -r k8s "$work/" && cp -r tests/cluster "$work/tests/"
+kubectl apply -f k8s/namespace.yaml
+kubectl -n fraud-api create secret generic fraud-api --from-literal=API_KEYS="$key"
+kubectl apply -k "$work/tests/cluster"
+kubectl -n fraud-api rollout status deployment/fraud-api --timeout=180s
+
+say "load, through the Service and from where it may come"
+kubectl create namespace ingress
+kubectl -n ingress run load --image=fraud-api:e2e --restart=Never --env=KEY="$key" --command -- \
+    python -c "$(cat tests/cluster/load.py)" 120
+kubectl -n ingress wait pod/load --for=condition=Ready --timeout=60s
+
+say "a pod goes"
+pod=$(kubectl -n fraud-api get pods -o name | head -1)
+kubectl -n fraud-api delete "$pod"
+kubectl -n fraud-api rollout status deployment/fraud-api --timeout=120s
+
+say "version 2"
+sed -i 's|^\(MODEL_URI=.*/\)1$|\12|' "$work/k8s/service.env"
+kubectl apply -k "$work/tests/cluster"
+kubectl -n fraud-api rollout status deployment/fraud-api --timeout=180s
+
+kubectl -n ingress wait pod/load --for=jsonpath='{.status.phase}'=Succeeded --timeout=180s
+outcomes=$(kubectl -n ingress logs load)
+say "came of the load: $outcomes"
+python3 -c 'import json, sys; found = json.loads(sys.argv[1]); sys.exit({*found} != {"v1", "v2"})' "$outcomes"
+say "nothing lost, both versions seen"

@@ -1,0 +1,412 @@
+"""What ships: manifests, image and pipeline keep what they promise each other. Nothing here needs a cluster."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from config import Config
+from conftest import HERE, client_of, config
+from fraud_api import create_app
+from model import Model
+
+K8S = HERE / "k8s"
+NAME = "app.kubernetes.io/name"
+# Whose schemas are not Kubernetes' own.
+CUSTOM = {"HTTPRoute", "ServiceMonitor", "PrometheusRule", "AppProject", "Application"}
+KUBERNETES = "1.34"
+WORKFLOWS = sorted((HERE / ".github/workflows").glob("*.yml"))
+DOCKERFILE = (HERE / "Dockerfile").read_text()
+
+
+def kustomize(folder: Path) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would apply."""
+    command = next(
+        ([*words] for words in (("kubectl", "kustomize"), ("kustomize", "build")) if shutil.which(words[0])), None
+    )
+    if command is None:
+        pytest.skip("neither kubectl nor kustomize is installed: k8s/ is not rendered")
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True)
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, dict[str, Any]]:
+    """Kind: the one manifest of it."""
+    documents = kustomize(K8S)
+    kinds = {document["kind"]: document for document in documents}
+    assert len(kinds) == len(documents)
+    return kinds
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The same with both components added, as kustomization.yaml says."""
+    folder = shutil.copytree(K8S, tmp_path_factory.mktemp("k8s"), dirs_exist_ok=True)
+    file = folder / "kustomization.yaml"
+    file.write_text(file.read_text() + "components: [components/monitoring, components/httproute]\n")
+    return {document["kind"]: document for document in kustomize(folder)}
+
+
+@pytest.fixture(scope="module")
+def pod(rendered: dict[str, Any]) -> dict[str, Any]:
+    return dict(rendered["Deployment"]["spec"]["template"]["spec"])
+
+
+@pytest.fixture(scope="module")
+def container(pod: dict[str, Any]) -> dict[str, Any]:
+    [container] = pod["containers"]
+    return dict(container)
+
+
+def settings(rendered: dict[str, Any]) -> dict[str, str]:
+    return dict(rendered["ConfigMap"]["data"])
+
+
+def secrets() -> dict[str, str]:
+    return dict(yaml.safe_load((K8S / "secret.example.yaml").read_text())["stringData"])
+
+
+def each(value: object, key: str) -> Iterator[Any]:
+    """Everything under this key, however deep."""
+    if isinstance(value, dict):
+        if key in value:
+            yield value[key]
+        for inner in value.values():
+            yield from each(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from each(inner, key)
+
+
+# -- manifests ---------------------------------------------------------------------------------------------------------
+
+
+def test_schemas(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
+    """Kubernetes' own schemas, with no field that they do not know; what is not Kubernetes' is in no other's folder."""
+    by_hand = [yaml.safe_load(path.read_text()) for path in (K8S / "argocd").glob("*.yaml")]
+    secret = yaml.safe_load((K8S / "secret.example.yaml").read_text())
+    for document in [*rendered.values(), *extended.values(), *by_hand, secret]:
+        try:
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        except kubernetes_validate.SchemaNotFoundError:
+            assert document["kind"] in CUSTOM
+    assert {*rendered} & CUSTOM == set()
+    assert "Ingress" not in extended
+
+
+def test_settings(rendered: dict[str, Any]) -> None:
+    """ConfigMap and Secret have every variable once, secrets in the Secret; the service takes them as they are."""
+    secret = {item.name.upper() for item in fields(Config) if item.metadata["secret"]}
+    assert {*secrets()} == secret
+    assert {*settings(rendered)} == {item.name.upper() for item in fields(Config)} - secret
+    found = Config.from_environ(settings(rendered) | secrets())
+    assert re.fullmatch(r"models:/[\w-]+/\d+", found.model_uri), "a number, which a commit changes; no alias"
+    assert not found.may_listen_on("0.0.0.0") or found.api_keys
+    assert not found.model_allow_unsafe
+
+
+def test_settings_reach_the_pod(rendered: dict[str, Any], container: dict[str, Any]) -> None:
+    """By the generated name, so that a changed setting rolls the Deployment."""
+    name = rendered["ConfigMap"]["metadata"]["name"]
+    assert re.fullmatch(r"fraud-api-[a-z0-9]{10}", name)
+    assert container["envFrom"] == [{"configMapRef": {"name": name}}, {"secretRef": {"name": "fraud-api"}}]
+    assert "env" not in container
+
+
+def test_probes_are_routes(container: dict[str, Any], model: Model) -> None:
+    app = client_of(create_app(config(), model))
+    paths = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert paths == {
+        "startupProbe": "/health/ready",
+        "readinessProbe": "/health/ready",
+        "livenessProbe": "/health/live",
+    }
+    assert all(app.get(path).status_code == 200 for path in paths.values())
+
+
+def test_public_paths_are_routes(rendered: dict[str, Any], extended: dict[str, Any], model: Model) -> None:
+    """Ingress and HTTPRoute let the same through: all that there is but metrics."""
+    [ingress] = each(rendered["Ingress"], "paths")
+    [matches] = each(extended["HTTPRoute"], "matches")
+    paths = [(path["path"], path["pathType"].removesuffix("Prefix")) for path in ingress]
+    route = [(match["path"]["value"], match["path"]["type"].removesuffix("PathPrefix")) for match in matches]
+    assert paths == route
+    app = client_of(create_app(config(), model))
+    assert all(app.get(path, expect_errors=True).status_code in (200, 405) for path, _ in paths)
+    routes = json.loads(app.get("/openapi.json").body)["paths"]
+    assert {path for path in routes if not any(path == one or path.startswith(f"{one}/") for one, _ in paths)} == {
+        "/metrics"
+    }
+
+
+def test_ports_agree(rendered: dict[str, Any], extended: dict[str, Any], container: dict[str, Any]) -> None:
+    """One number, in the settings; one name everywhere else."""
+    [port] = container["ports"]
+    assert (port["name"], str(port["containerPort"])) == ("http", settings(rendered)["PORT"])
+    [service] = rendered["Service"]["spec"]["ports"]
+    assert (service["name"], service["targetPort"]) == ("http", "http")
+    assert {*each([container[name] for name in container if name.endswith("Probe")], "port")} == {"http"}
+    assert all(
+        backend["port"] == {"name": "http"} for backend in each(list(each(rendered["Ingress"], "backend")), "service")
+    )
+    assert [ref["port"] for refs in each(extended["HTTPRoute"], "backendRefs") for ref in refs] == [service["port"]]
+    assert [one["port"] for one in extended["ServiceMonitor"]["spec"]["endpoints"]] == ["http"]
+    [[incoming]] = [rule["ports"] for rule in rendered["NetworkPolicy"]["spec"]["ingress"]]
+    assert incoming["port"] == "http"
+    assert re.search(r"^EXPOSE 8000$", DOCKERFILE, re.M)
+
+
+def test_egress_is_what_the_settings_name(rendered: dict[str, Any]) -> None:
+    """DNS, and of the registry and the store the very namespaces, pods and ports that their addresses are."""
+    allowed = set()
+    for rule in rendered["NetworkPolicy"]["spec"]["egress"]:
+        [peer] = rule["to"]
+        [space] = peer["namespaceSelector"]["matchLabels"].values()
+        [name] = peer["podSelector"]["matchLabels"].values()
+        allowed |= {(space, name, port["port"]) for port in rule["ports"]}
+    assert allowed - {("kube-system", "kube-dns", 53)} == {
+        (space, name, int(port))
+        for address in (settings(rendered)["MLFLOW_TRACKING_URI"], settings(rendered)["MLFLOW_S3_ENDPOINT_URL"])
+        for name, space, port in re.findall(r"//([^.]+)\.([^.]+)\.svc\.cluster\.local:(\d+)", address)
+    }
+    assert {*rendered["NetworkPolicy"]["spec"]["policyTypes"]} == {"Ingress", "Egress"}
+
+
+def test_times_nest(rendered: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
+    """A pod has time to stop, a start has time to fail by itself, and nothing busy is taken for dead."""
+    found = Config.from_environ(settings(rendered) | secrets())
+    before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] >= before + found.graceful_timeout + 5
+    assert found.drain_seconds + 2 <= found.graceful_timeout
+    patience = {
+        name: container[f"{name}Probe"]["periodSeconds"] * container[f"{name}Probe"]["failureThreshold"]
+        for name in ("startup", "readiness", "liveness")
+    }
+    assert patience["startup"] > found.model_load_timeout + 10
+    assert before >= 5
+    assert patience["liveness"] >= 60 > patience["readiness"]
+    assert rendered["Deployment"]["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+def test_selectors_match(rendered: dict[str, Any], extended: dict[str, Any], pod: dict[str, Any]) -> None:
+    labels = rendered["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    selectors = [rendered["Service"]["spec"]["selector"]]
+    selectors += [rendered[kind]["spec"]["selector"]["matchLabels"] for kind in ("Deployment", "PodDisruptionBudget")]
+    selectors += [rendered["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]]
+    selectors += [constraint["labelSelector"]["matchLabels"] for constraint in pod["topologySpreadConstraints"]]
+    assert all(selector == {NAME: "fraud-api"} and selector.items() <= labels.items() for selector in selectors)
+    monitored = extended["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
+    assert monitored.items() <= rendered["Service"]["metadata"]["labels"].items()
+    target = rendered["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", rendered["Deployment"]["metadata"]["name"])
+    assert "replicas" not in rendered["Deployment"]["spec"], "they are the HorizontalPodAutoscaler's"
+    assert (
+        rendered["HorizontalPodAutoscaler"]["spec"]["minReplicas"]
+        > rendered["PodDisruptionBudget"]["spec"]["maxUnavailable"]
+    )
+    assert pod["serviceAccountName"] == rendered["ServiceAccount"]["metadata"]["name"]
+
+
+def test_image_is_a_digest(container: dict[str, Any]) -> None:
+    assert re.fullmatch(r"[\w./-]+@sha256:[0-9a-f]{64}", container["image"])
+
+
+def test_nothing_is_root(rendered: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
+    """The restricted Pod Security Standard and more; the user is the image's."""
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 10001,
+        "runAsGroup": 10001,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & {*pod}
+    assert [*each(rendered, "automountServiceAccountToken")] == [False, False]
+    assert rendered["Namespace"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert re.findall(r"^USER (.*)$", DOCKERFILE, re.M) == ["10001:10001"]
+
+
+def test_memory(rendered: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
+    """Where the service writes is memory, and the container has room for it."""
+    [mount], [volume] = container["volumeMounts"], pod["volumes"]
+    assert (mount["name"], mount["mountPath"]) == (volume["name"], settings(rendered)["MEMORY_DIR"])
+    assert volume["emptyDir"]["medium"] == "Memory"
+    sizes = volume["emptyDir"]["sizeLimit"], container["resources"]["requests"]["memory"]
+    assert sizes == ("256Mi", "512Mi")
+    assert container["resources"]["limits"] == {"memory": "1Gi"}
+
+
+def test_argo_cd(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
+    """The project lets in what there is and no more; the application is of that project, repository and namespace."""
+    project, application = (
+        yaml.safe_load((K8S / f"argocd/{name}.yaml").read_text()) for name in ("project", "application")
+    )
+    kinds = rendered | extended
+    of_group = {(document["apiVersion"].rpartition("/")[0], kind) for kind, document in kinds.items()}
+    whitelists = [project["spec"][f"{scope}ResourceWhitelist"] for scope in ("cluster", "namespace")]
+    assert {(item["group"], item["kind"]) for items in whitelists for item in items} == of_group
+    assert [item["kind"] for item in whitelists[0]] == ["Namespace"]
+    assert application["spec"]["project"] == project["metadata"]["name"]
+    assert project["spec"]["sourceRepos"] == [application["spec"]["source"]["repoURL"]]
+    assert project["spec"]["destinations"] == [application["spec"]["destination"]]
+    assert application["spec"]["destination"]["namespace"] == rendered["Namespace"]["metadata"]["name"]
+    assert (HERE / application["spec"]["source"]["path"]).samefile(K8S)
+    assert {document["metadata"].get("namespace", "fraud-api") for document in kinds.values()} == {"fraud-api"}
+
+
+def test_guide_names_everything() -> None:
+    """The guide to the cluster has every manifest in it and, in its run book, every alert."""
+    guide = (K8S / "README.md").read_text()
+    manifests = [path.relative_to(K8S).as_posix() for path in K8S.rglob("*") if path.suffix in (".yaml", ".env")]
+    assert [path for path in manifests if path not in guide] == []
+    alerts = {*each(yaml.safe_load((K8S / "components/monitoring/rules.yaml").read_text()), "alert")}
+    assert {*re.findall(r"^\| `(Fraud\w+)`", guide, re.M)} == alerts
+
+
+# -- releases of a model -----------------------------------------------------------------------------------------------
+
+
+def git(folder: Path, *words: str) -> str:
+    names = ("-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false")
+    return subprocess.run(["git", *names, *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository with what a release touches."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(K8S, folder / "k8s")
+    shutil.copy(HERE / "Makefile", folder)
+    git(tmp_path, "init", "-q", "checkout")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "all")
+    return folder
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    author = {f"GIT_{who}_{what}": "x@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environ = {"PATH": os.environ["PATH"], "HOME": str(folder)} | author
+    return subprocess.run(["make", *words], cwd=folder, env=environ, capture_output=True, text=True, check=False)
+
+
+def test_model_release(checkout: Path) -> None:
+    """A number is committed, alone, with its reason; it rolls the Deployment, and `git revert` takes it back."""
+    before = kustomize(checkout / "k8s")
+    assert make(checkout, "release-model", "VERSION=7").returncode == 0
+    assert git(checkout, "log", "-1", "--format=%s").strip() == "Release fraud-detector 7"
+    changes = [line for line in git(checkout, "show", "--format=", "-U0").splitlines() if re.match(r"[-+]\w", line)]
+    assert changes == ["-MODEL_URI=models:/fraud-detector/1", "+MODEL_URI=models:/fraud-detector/7"]
+    after = kustomize(checkout / "k8s")
+    names = [
+        [*each([found for found in documents if found["kind"] == "Deployment"], "configMapRef")]
+        for documents in (before, after)
+    ]
+    assert names[0] != names[1]
+    git(checkout, "revert", "--no-edit", "HEAD")
+    assert kustomize(checkout / "k8s") == before
+
+
+@pytest.mark.parametrize("version", ["", "v7", "0", "champion", "7 8", "7/../8", "$(id)"])
+def test_model_release_of_no_number(checkout: Path, version: str) -> None:
+    done = make(checkout, "release-model", f"VERSION={version}")
+    assert done.returncode != 0
+    assert "VERSION: expected a version's number, such as VERSION=7" in done.stderr
+    assert git(checkout, "status", "--porcelain") == ""
+    assert git(checkout, "rev-list", "--count", "HEAD").strip() == "1"
+
+
+def test_model_release_is_of_nothing_else(checkout: Path) -> None:
+    """What else is staged or changed stays out of the commit; releasing what is released is no commit."""
+    (checkout / "Makefile").write_text((checkout / "Makefile").read_text() + "# more\n")
+    git(checkout, "add", "Makefile")
+    assert make(checkout, "release-model", "VERSION=7").returncode == 0
+    assert git(checkout, "show", "--format=", "--name-only").split() == ["k8s/service.env"]
+    assert make(checkout, "release-model", "VERSION=7").returncode == 0
+    assert git(checkout, "rev-list", "--count", "HEAD").strip() == "2"
+
+
+# -- the image ---------------------------------------------------------------------------------------------------------
+
+
+def copied() -> set[str]:
+    """What the Dockerfile takes from the folder."""
+    lines = re.findall(r"^COPY (?!--from)(.*) \./$", DOCKERFILE, re.M)
+    return {name for line in lines for name in line.split()}
+
+
+def test_image_has_what_the_service_is() -> None:
+    """Every module that serves and every file it reads, and nothing that only trains or tests."""
+    modules, seen = {"gunicorn.conf.py"}, set()
+    while modules - seen:
+        name = (modules - seen).pop()
+        seen.add(name)
+        imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / name).read_text(), re.M)
+        modules |= {f"{module}.py" for module in imports if (HERE / f"{module}.py").exists()}
+    files = {name for module in modules for name in re.findall(r'"(\w+\.(?:json|html))"', (HERE / module).read_text())}
+    assert copied() == modules | (files - {"version.json"}) | {"requirements.txt", "requirements-build.txt"}
+    allowed = {line[1:] for line in (HERE / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert allowed == copied()
+
+
+def test_image_is_pinned_and_has_no_shell_before_it() -> None:
+    assert re.search(r"^ARG PYTHON_IMAGE=[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.M)
+    assert {*re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)} == {"${PYTHON_IMAGE}"}
+    assert re.findall(r"^(?:CMD|ENTRYPOINT) (.*)$", DOCKERFILE, re.M) == ['["gunicorn"]']
+    assert re.search(r"^STOPSIGNAL SIGTERM$", DOCKERFILE, re.M)
+    assert "--require-hashes" in DOCKERFILE
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow(path: Path) -> None:
+    """Nothing is granted but by a job with a reason, every action is a commit, and what runs is a target of make."""
+    text, targets = path.read_text(), re.findall(r"^([a-z][a-z-]*):.*##", (HERE / "Makefile").read_text(), re.M)
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {}
+    assert workflow["concurrency"]
+    for grants in re.findall(r"^    permissions:\n((?: {6}.*\n)+)", text, re.M):
+        assert all(re.search(r": (?:read|write) # \w+", line) for line in grants.splitlines()), (
+            "each grant has a reason"
+        )
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", use) for use in re.findall(r"uses: (.*)", text))
+    for job in workflow["jobs"].values():
+        needs = job.get("needs", [])
+        assert {*([needs] if isinstance(needs, str) else needs)} <= {*workflow["jobs"]}
+        assert job["timeout-minutes"]
+        for step in job["steps"]:
+            if "checkout" in step.get("uses", ""):
+                assert step["with"]["persist-credentials"] is False
+            assert "${{" not in step.get("run", ""), "a value would be taken for code"
+            for line in re.findall(r"^make ([a-z -]+)", step.get("run", "")):
+                assert {*line.split()} <= {*targets}
+
+
+def test_pipeline() -> None:
+    """Tests on every Python that is supported; only what all of it has passed, on main, is deployed, one at a time."""
+    jobs = yaml.safe_load((HERE / ".github/workflows/ci-cd.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13", "3.14"]
+    assert {*jobs["deploy"]["needs"]} == {*jobs} - {"deploy"}
+    assert "refs/heads/main" in jobs["deploy"]["if"]
+    assert jobs["deploy"]["concurrency"]["cancel-in-progress"] is False
+
+
+def test_dependabot() -> None:
+    updates = yaml.safe_load((HERE / ".github/dependabot.yml").read_text())["updates"]
+    assert {update["package-ecosystem"] for update in updates} == {"github-actions", "docker", "pip"}
+    assert all(update["cooldown"]["default-days"] >= 7 for update in updates)
