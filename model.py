@@ -139,6 +139,10 @@ class Reference(msgspec.Struct, frozen=True):
     ranges: dict[str, tuple[float, float]]
     categories: list[str]
     transaction: Features
+    # Of the scores at training in each decile; a tenth where they do not tie.
+    score_shares: Annotated[list[float], Meta(min_length=10, max_length=10)] = msgspec.field(
+        default_factory=lambda: [0.1] * 10
+    )
 
     def __post_init__(self) -> None:
         ranges = [self.ranges.get(name, (1, 0)) for name in NUMBERS]

@@ -140,7 +140,15 @@ class Metrics:
         info = GaugeMetricFamily(f"{PREFIX}_model_info", "1, for what is served", labels=[*labels])
         info.add_metric([*labels.values()], 1)
         load = GaugeMetricFamily(f"{PREFIX}_model_load_seconds", "time to load it into a worker", model.load_seconds)
-        return generate_latest(registry) + generate_latest(_Families([info, load]))
+        shares = GaugeMetricFamily(
+            f"{PREFIX}_score_decile_training_share",
+            "share of the scores at training",
+            labels=["model_version", "decile"],
+        )
+        if reference := model.metadata.reference:
+            for decile, share in enumerate(reference.score_shares, 1):
+                shares.add_metric([model.snapshot.version, str(decile)], share)
+        return generate_latest(registry) + generate_latest(_Families([info, load, shares]))
 
 
 class _Families:
@@ -158,15 +166,14 @@ class Drift:
 
     def __init__(self, reference: Reference, version: str, metrics: Metrics) -> None:
         self.limits, self.categories = np.array(reference.score_deciles), {*reference.categories}
-        distinct = np.all(np.diff(self.limits) > 0)  # else what lies between two limits is not a tenth
-        self.deciles = [metrics.deciles.labels(version, str(decile)) for decile in range(1, 11)] if distinct else []
+        self.deciles = [metrics.deciles.labels(version, str(decile)) for decile in range(1, 11)]
         self.category = metrics.unfamiliar.labels(CATEGORY)
         ranges = reference.ranges
         self.numbers = [(attrgetter(name), *ranges[name], metrics.unfamiliar.labels(name)) for name in NUMBERS]
 
     def observe(self, rows: Sequence[Features], scores: Floats) -> None:
         places = np.bincount(np.searchsorted(self.limits, scores), minlength=10)
-        for decile, count in zip(self.deciles, places.tolist(), strict=False):  # all of them, or none
+        for decile, count in zip(self.deciles, places.tolist(), strict=True):
             decile.inc(count)
         if unknown := {row.merchant_category for row in rows} - self.categories:
             self.category.inc(sum(row.merchant_category in unknown for row in rows))

@@ -718,8 +718,11 @@ def reference(training: Sample, probabilities: Floats) -> Reference:
     rows, numbers = training.rows, training.rows[[*NUMBERS]]
     categories = rows[CATEGORY].value_counts()
     ordinary = numbers.quantile(0.5, interpolation="lower").to_dict() | {CATEGORY: categories.index[0]}
+    limits = deciles(probabilities)
+    counts = np.bincount(np.searchsorted(limits, probabilities), minlength=10)
     return Reference(
-        score_deciles=deciles(probabilities),
+        score_deciles=limits,
+        score_shares=(counts / len(probabilities)).tolist(),
         ranges={name: (float(numbers[name].min()), float(numbers[name].max())) for name in NUMBERS},
         categories=sorted(categories.index[:MOST_CATEGORIES]),
         transaction=Features(**ordinary),

@@ -14,6 +14,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -318,7 +319,7 @@ def test_every_metric_is_explained(model: Model) -> None:
     assert {*re.findall(r"^\| `(fraud_api_\w+?)(?:_total)?(?:\{[\w, ]+\})?` \|", readme, re.M)} == {*names}
     assert {name.partition("fraud_api_")[2] for name in names} == {
         *("requests", "request_seconds", "rows", "batch_rows", "score_decile", "unfamiliar_values"),
-        *("worker_restarts", "failed_reloads", "model_info", "model_load_seconds"),
+        *("score_decile_training_share", "worker_restarts", "failed_reloads", "model_info", "model_load_seconds"),
     }
 
 
@@ -358,13 +359,24 @@ def test_drift(model: Model, size: int) -> None:
 
 
 def test_drift_of_scores_that_tie(model: Model) -> None:
-    """Between limits that coincide is no tenth: no decile is counted, everything else is."""
+    """A model with three scores: what each decile had at training is not a tenth, and is told as it was."""
+    scores = np.repeat([0.1, 0.2, 0.3], [700, 200, 100])
+    tied = msgspec.structs.replace(
+        train.reference(train.generate(1000, 0), scores), transaction=model.metadata.reference.transaction
+    )
+    assert tied.score_shares == [0.7, 0, 0, 0, 0, 0, 0, 0.2, 0, 0.1]
+    served = replace(model, metadata=msgspec.structs.replace(model.metadata, reference=tied))
     metrics = Metrics()
-    tied = msgspec.structs.replace(model.metadata.reference, score_deciles=[0.1] * 9)
-    Drift(tied, "v", metrics).observe([Transaction(**TRANSACTION | {"user_age": 0})] * 30, np.full(30, 0.5))
-    found = {(s.name, *s.labels.values()): s.value for family in metrics.registry.collect() for s in family.samples}
-    assert found[("fraud_api_unfamiliar_values_total", "user_age")] == 30
-    assert not any(name[0] == "fraud_api_score_decile_total" for name in found)
+    app = client_of(create_app(config(), served, metrics=metrics))
+    metrics.drift.observe([Transaction(**TRANSACTION)] * 1000, scores)
+    found = {
+        (sample.name, sample.labels.get("decile")): sample.value
+        for family in text_string_to_metric_families(app.get("/metrics").text)
+        for sample in family.samples
+    }
+    for decile, share in enumerate(tied.score_shares, 1):
+        assert found[("fraud_api_score_decile_training_share", str(decile))] == share
+        assert found[("fraud_api_score_decile_total", str(decile))] == 1000 * share
 
 
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------

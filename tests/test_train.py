@@ -650,6 +650,8 @@ def test_metadata_round_trip(champion: str, model: Model, app: TestApp) -> None:
         below = scores[scores < limit]
         assert (below < below.max() - 1e-9).sum() < tenths / 10 * len(scores) <= len(below)
         assert abs(scores - limit).min() > 1e-12
+    counts = np.histogram(scores, [0, *reference.score_deciles, 1])[0]
+    assert reference.score_shares == (counts / len(scores)).tolist()
     rows = held_out.rows.head(200).to_dict("records")
     for row, probability in zip(rows, model.score([Features(**row) for row in rows]), strict=True):
         answer = app.post_json("/predict", {"transaction_id": "t", **row}).json
