@@ -12,9 +12,9 @@ WORKDIR /build
 COPY requirements-build.txt requirements.txt ./
 ARG SOURCE_DATE_EPOCH=0
 # Two secrets for who has a package index or a certificate authority of their own: lines of NAME=value, and the authority.
-# hadolint ignore=SC1091,DL3042
+# hadolint ignore=DL3042
 RUN --mount=type=secret,id=env --mount=type=secret,id=ca \
-    set -a; ! test -e /run/secrets/env || . /run/secrets/env; \
+    ! test -e /run/secrets/env || while IFS= read -r line; do export "$line"; done < /run/secrets/env; \
     export CFLAGS=-g0 LDFLAGS=-s UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1; \
     python3 -m venv uv && uv/bin/pip install --require-hashes -r requirements-build.txt && \
     python3 -m venv --without-pip /opt/venv && \
@@ -30,6 +30,9 @@ RUN /build/uv/bin/uv pip uninstall --python /opt/venv/bin/python \
 
 # hadolint ignore=DL3006
 FROM ${PYTHON_IMAGE}
+# The files' times are the commit's, so no layer from here on is of another commit.
+ARG COMMIT=""
+LABEL org.opencontainers.image.revision=${COMMIT}
 ENV PATH=/opt/venv/bin:${PATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOST=0.0.0.0
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
@@ -45,10 +48,9 @@ RUN MLFLOW_DISABLE_TELEMETRY=true python -c 'import boto3, fraud_api, gunicorn.a
 # What /version says (https://github.com/mozilla-services/Dockerflow/blob/main/docs/version_object.md).
 ARG SOURCE=""
 ARG VERSION=""
-ARG COMMIT=""
 ARG BUILD=""
-RUN printf '{"source":"%s","version":"%s","commit":"%s","build":"%s"}\n' \
-    "$SOURCE" "$VERSION" "$COMMIT" "$BUILD" > version.json
+RUN python -c 'import json, sys; names = "source", "version", "commit", "build"; \
+    print(json.dumps(dict(zip(names, sys.argv[1:], strict=True))))' "$SOURCE" "$VERSION" "$COMMIT" "$BUILD" > version.json
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

@@ -16,17 +16,16 @@ COMMIT = git diff --quiet HEAD -- $(1) || git commit --quiet --message "$(2)" --
 
 # The image: IMAGE:TAG, built by the first of docker, podman and buildah that works; OPTIONS go to it as they are.
 IMAGE ?= fraud-api
+NAME = $(shell echo '$(IMAGE)' | tr '[:upper:]' '[:lower:]')
 TAG ?= latest
 BUILDER ?= $(shell docker info > /dev/null 2>&1 && echo docker || basename "$$(command -v podman || command -v buildah)")
 OUTPUT ?= type=docker
 EPOCH = $(shell git log -1 --format=%ct)
-BUILD_docker = docker buildx build --output $(OUTPUT),rewrite-timestamp=true --build-arg SOURCE_DATE_EPOCH=$(EPOCH)
+# Only a builder of its own (docker buildx create --use) can give files in layers the commit's time.
+REWRITE = $(shell docker buildx inspect 2> /dev/null | grep -q docker-container && echo ,rewrite-timestamp=true)
+BUILD_docker = docker buildx build --output $(OUTPUT)$(REWRITE) --build-arg SOURCE_DATE_EPOCH=$(EPOCH)
 BUILD_podman = podman build --format docker --network host --timestamp $(EPOCH)
 BUILD_buildah = buildah build --format docker --network host --timestamp $(EPOCH)
-BUILD_ARGS = COMMIT=$(shell git rev-parse HEAD) VERSION=$(shell git describe --tags --always) \
-	SOURCE=$(shell git config remote.origin.url | sed 's|//.*@|//|') \
-	$(if $(GITHUB_RUN_ID),BUILD=$(GITHUB_SERVER_URL)/$(GITHUB_REPOSITORY)/actions/runs/$(GITHUB_RUN_ID)) \
-	$(if $(PYTHON_IMAGE),PYTHON_IMAGE=$(PYTHON_IMAGE)) $(if $(BUILD_PACKAGES),"BUILD_PACKAGES=$(BUILD_PACKAGES)")
 
 export PYTHONDONTWRITEBYTECODE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -104,8 +103,13 @@ image: ## build the image with docker, podman or buildah, whichever is there
 	if [ -n "$$SSL_CERT_FILE" ]; then \
 		printf '%s=/run/secrets/ca\n' SSL_CERT_FILE PIP_CERT >> "$$secrets"; ca="--secret id=ca,src=$$SSL_CERT_FILE"; \
 	fi; \
-	set -- --secret "id=env,src=$$secrets" $$ca; for arg in $(BUILD_ARGS); do set -- "$$@" --build-arg "$$arg"; done; \
-	$(or $(BUILD_$(BUILDER)),$(error needs docker, podman or buildah)) "$$@" --tag $(IMAGE):$(TAG) $(OPTIONS) .
+	set -- --secret "id=env,src=$$secrets" $$ca --build-arg "COMMIT=$$(git rev-parse HEAD)" \
+		--build-arg "VERSION=$$(git describe --tags --always)" \
+		--build-arg "SOURCE=$$(git config remote.origin.url | sed 's|//.*@|//|')" \
+		--build-arg "BUILD=$${GITHUB_RUN_ID:+$$GITHUB_SERVER_URL/$$GITHUB_REPOSITORY/actions/runs/$$GITHUB_RUN_ID}"; \
+	if [ -n "$$PYTHON_IMAGE" ]; then set -- "$$@" --build-arg PYTHON_IMAGE; fi; \
+	if [ -n "$$BUILD_PACKAGES" ]; then set -- "$$@" --build-arg BUILD_PACKAGES; fi; \
+	$(or $(BUILD_$(BUILDER)),$(error needs docker, podman or buildah)) "$$@" --tag "$(NAME):$(TAG)" $(OPTIONS) .
 
 .PHONY: image-test
 image-test: install ## build and run the image as Kubernetes would, by podman, and break it; needs root
@@ -113,21 +117,24 @@ image-test: install ## build and run the image as Kubernetes would, by podman, a
 
 .PHONY: image-scan
 image-scan: ## fail on what is known, serious and mended elsewhere; needs grype
-	$(or $(GRYPE),grype) $(IMAGE):$(TAG) --fail-on high --only-fixed
+	$(or $(GRYPE),grype) $(NAME):$(TAG) --fail-on high --only-fixed
 
 .PHONY: image-push
 image-push: ## build and push it with SBOM and provenance, and say its digest; needs docker buildx
+	@docker buildx version > /dev/null || { echo "needs docker buildx" >&2; exit 2; }
 	@set -e; built=$$(mktemp); trap 'rm -f "$$built"' EXIT; \
 	$(MAKE) --silent image BUILDER=docker OUTPUT=type=image,push=true \
 		OPTIONS="--sbom=true --provenance=mode=max --metadata-file $$built" >&2; \
-	python3 -c 'import json, sys; print("digest=" + json.load(open(sys.argv[1]))["containerimage.digest"])' "$$built"
+	python3 -c 'import json, sys; print("digest=" + json.load(open(sys.argv[1]))["containerimage.digest"])' "$$built"; \
+	echo name=$(NAME)
 
 .PHONY: image-sign
 image-sign: ## sign IMAGE@DIGEST with the identity of who runs it, no key; needs cosign
-	cosign sign --yes $(IMAGE)@$(DIGEST)
+	cosign sign --yes $(NAME)@$(DIGEST)
 
 .PHONY: manifests
-manifests: install ## render k8s/ and check it, the image and the pipeline against each other
+manifests: install ## render k8s/ and check it, the image and the pipeline against each other; needs kubectl or kustomize
+	@kubectl version --client > /dev/null || kustomize version > /dev/null
 	$(BIN)/python -m pytest tests/test_ship.py
 
 .PHONY: end-to-end
@@ -138,6 +145,7 @@ end-to-end: install ## the whole of it in a cluster made by kind; needs docker, 
 release-model: ## commit that VERSION of the model is what is served: make release-model VERSION=7
 	@expr "$$VERSION" : '[1-9][0-9]*$$' > /dev/null \
 		|| { echo "VERSION: expected a version's number, such as VERSION=7" >&2; exit 2; }
+	@git var GIT_AUTHOR_IDENT > /dev/null
 	@sed -i "s|^\(MODEL_URI=models:/[^/@]*\)[/@].*|\1/$$VERSION|" k8s/service.env
 	@$(call COMMIT,k8s/service.env,Release $$(sed -n 's|^MODEL_URI=models:/||p' k8s/service.env | tr / ' '))
 
@@ -145,7 +153,8 @@ release-model: ## commit that VERSION of the model is what is served: make relea
 release-image: ## commit that DIGEST of IMAGE is what runs; needs kustomize
 	@expr "$$DIGEST" : 'sha256:[0-9a-f]\{64\}$$' > /dev/null \
 		|| { echo "DIGEST: expected sha256: and 64 hexadecimal digits" >&2; exit 2; }
-	@cd k8s && kustomize edit set image fraud-api=$(IMAGE)@$$DIGEST
+	@git var GIT_AUTHOR_IDENT > /dev/null && kustomize version > /dev/null
+	@cd k8s && kustomize edit set image fraud-api=$(NAME)@$$DIGEST
 	@$(call COMMIT,k8s/kustomization.yaml,Deploy $$DIGEST)
 
 .PHONY: push

@@ -174,22 +174,23 @@ def get_app() -> App:
 
 
 class Identification:
-    """Gives every request an id, the client's own if it is a sane one: in the answer, in problems and in the log."""
+    """Gives every request an id: in the answer, in problems and in the log."""
 
     def __init__(self, model: Model, routes: Collection[str]) -> None:
         self.version, self.routes = model.snapshot.version, routes
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         environ = req.env
-        request_id = environ.get("HTTP_X_REQUEST_ID")
-        if request_id is None or not REQUEST_ID.fullmatch(request_id):
-            request_id = new_id()
-        environ[RECORD] = {"request_id": request_id, "model_version": self.version}
+        record = environ[RECORD] = {"request_id": request_id(environ.get("HTTP_X_REQUEST_ID"))}
+        record["model_version"] = self.version
         environ[ROUTE] = req.path if req.path in self.routes else "-"
-        resp.set_header("X-Request-ID", request_id)
+        resp.set_header("X-Request-ID", record["request_id"])
 
 
-def new_id() -> str:
+def request_id(given: str | None) -> str:
+    """The client's own id if it is a sane one, else a new one."""
+    if given is not None and REQUEST_ID.fullmatch(given):
+        return given
     return f"{getrandbits(128):032x}"  # not os.urandom: it would hand the GIL over
 
 

@@ -158,8 +158,8 @@ class Worker(ThreadWorker):
         else:
             error = falcon.HTTPBadRequest()
             self.log.warning("refused what is no valid HTTP: %s", type(exc).__name__)
-        record = {"request_id": fraud_api.new_id()}
         asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
+        record = {"request_id": fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)}
         self.log.metrics.answer({telemetry.RECORD: record, **asked}, error.status_code)
         body = fraud_api.encode(fraud_api.problem(error, **record))
         fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
@@ -492,7 +492,8 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     fraud_api.metrics.place = worker.place
-    server.cfg.set("graceful_timeout", max(graceful_timeout - 1, 1))  # the worker's own: it ends before it is killed
+    # The worker's own, in which it ends before the master kills it.
+    server.cfg.set("graceful_timeout", max(server.cfg.graceful_timeout - 1, 1))
 
 
 def post_worker_init(worker):

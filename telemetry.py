@@ -40,6 +40,7 @@ LATENCIES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0
 SIZES = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)
 TOGETHER = 0.02  # seconds of requests that are logged and counted in one go
 KEPT = 10_000  # lines, while nobody reads them; older ones are lost
+PATIENCE = 0.1  # seconds, with a reader of any other line
 FEW = 16  # rows; fewer wait until they are counted together with others, more are counted at once
 
 
@@ -99,10 +100,13 @@ class Metrics:
     def settle(self) -> None:
         """Count what has been left to count. Many at a time it takes half of what it takes one by one."""
         with self.turn:  # the main loop and whoever asks for the metrics
-            self._settle()
+            answers = [self.answered.popleft() for _ in range(len(self.answered))]
+            try:
+                self._settle(answers)
+            finally:
+                self.counted.extend(answers)  # also should counting fail: their lines come
 
-    def _settle(self) -> None:
-        answers = [self.answered.popleft() for _ in range(len(self.answered))]
+    def _settle(self, answers: Sequence[Answer]) -> None:
         for (route, status), count in Tally((answer.route, answer.status) for answer in answers).items():
             self.requests.labels(route, status).inc(count)
         for route in {answer.route for answer in answers}:
@@ -110,7 +114,6 @@ class Metrics:
             for answer in answers:
                 if answer.route == route and answer.seconds is not None:
                     observe(answer.seconds)
-        self.counted.extend(answers)
         decided = [self.decided.popleft() for _ in range(len(self.decided))]
         if decided:
             rows = [row for part, _, _ in decided for row in part]
@@ -195,7 +198,7 @@ class Log(Logger):  # type: ignore[misc]
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
         self.human, self.lines, self.flushed = sys.stdout.isatty(), deque[bytes](maxlen=KEPT), 0.0
-        handler = logging.StreamHandler(sys.stdout)
+        handler = logging.StreamHandler(Output())
         handler.setFormatter(Lines(type(self).mask, self.human))
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
         for logger in (self.error_log, logging.getLogger("mlflow")):
@@ -245,6 +248,21 @@ class Log(Logger):  # type: ignore[misc]
                 text += self.lines.popleft()
             with suppress(OSError):  # nobody reads it any longer
                 os.write(output, text)
+
+
+class Output:
+    """Standard output that holds up nobody: what has not gone into the pipe in a while is lost."""
+
+    def write(self, text: str) -> None:
+        """In pieces that a pipe takes whole if it takes anything (pipe(7))."""
+        output, data = sys.stdout.fileno(), text.encode()
+        for start in range(0, len(data), PIPE_BUF):
+            if not select([], [output], [], PATIENCE)[1]:
+                return
+            os.write(output, data[start : start + PIPE_BUF])
+
+    def flush(self) -> None:
+        """There is nothing to flush."""
 
 
 class Lines(logging.Formatter):

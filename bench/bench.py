@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -337,6 +338,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=4, help="of each measurement (default %(default)s)")
     parser.add_argument("--port", type=int, default=18000, help="first of ten (default %(default)s)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end too
     missing = [name for name in ("wrk", "curl", "taskset") if not shutil.which(name)]
     if missing:
         sys.exit(f"bench: {', '.join(missing)} not found; on Debian: apt-get install wrk curl util-linux")

@@ -215,10 +215,14 @@ async def ask(port: int, outcomes: list[tuple[str, float]]) -> None:
 
 async def offer(
     port: int, rate: float, seconds: float, watch: Callable[[float], None]
-) -> tuple[list[tuple[str, float]], float]:
-    """So many requests a second, whatever becomes of those before (an open loop); and how long it takes to recover."""
+) -> tuple[list[tuple[str, float]], float, float]:
+    """So many requests a second, whatever becomes of those before (an open loop).
+
+    What became of them, how long it takes to recover, and how late this program itself was at most: on a busy machine
+    that is in what it measures.
+    """
     outcomes: list[tuple[str, float]] = []
-    tasks, started, number = set(), time.monotonic(), 0
+    tasks, started, number, late = set(), time.monotonic(), 0, 0.0
     while (now := time.monotonic() - started) < seconds:
         while number < now * rate:
             task = asyncio.create_task(ask(port, outcomes))
@@ -226,13 +230,15 @@ async def offer(
             task.add_done_callback(tasks.discard)
             number += 1
         watch(now / seconds)
+        asleep = time.monotonic()
         await asyncio.sleep(0.005)
+        late = max(late, time.monotonic() - asleep)
     over, after = time.monotonic(), [("", 0.0)]
     while after[-1][0] != "200":
         await ask(port, after)
     recovered = time.monotonic() - over
     await asyncio.gather(*tasks)
-    return outcomes, recovered
+    return outcomes, recovered, late
 
 
 @contextmanager
@@ -264,7 +270,7 @@ def test_ten_times_the_capacity(champion: str, slow_model: str, chaos: Chaos) ->
             if len(sizes) < done * 10:
                 sizes.append(service.memory())
 
-        outcomes, recovered = asyncio.run(offer(service.port, 10 * capacity, seconds, watch))
+        outcomes, recovered, late = asyncio.run(offer(service.port, 10 * capacity, seconds, watch))
         assert "Traceback" not in service.log
         counts = Counter(status for status, _ in outcomes)
         refused = [line for line in service.requests if line["status"] == 503]
@@ -274,8 +280,8 @@ def test_ten_times_the_capacity(champion: str, slow_model: str, chaos: Chaos) ->
     assert {*counts} <= {"200", "503", "not connected"}
     assert counts["503"] > 0
     assert len(answered) / seconds > 0.5 * capacity
-    assert p99 < 4 * wait
-    assert recovered < 1
+    assert p99 < 4 * wait + 3 * late  # connected, sent and read, each when this program comes to it
+    assert recovered < 1 + 3 * late
     assert sizes[-1] - sizes[len(sizes) // 3] < 20 * 1024
     chaos.report(
         f"10 times the capacity ({10 * capacity:,.0f} requests/s) for {seconds:.0f} s, MAX_WAIT_MS=500",

@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from config import Config
+from config import Config, ConfigError
 from conftest import HERE, client_of, config
 from fraud_api import create_app
 from model import Model
@@ -24,6 +24,7 @@ NAME = "app.kubernetes.io/name"
 # Whose schemas are not Kubernetes' own.
 CUSTOM = {"HTTPRoute", "ServiceMonitor", "PrometheusRule", "AppProject", "Application"}
 KUBERNETES = "1.34"
+COMING_FROM = ("ingress", "monitoring")
 WORKFLOWS = sorted((HERE / ".github/workflows").glob("*.yml"))
 DOCKERFILE = (HERE / "Dockerfile").read_text()
 
@@ -76,6 +77,11 @@ def secrets() -> dict[str, str]:
     return dict(yaml.safe_load((K8S / "secret.example.yaml").read_text())["stringData"])
 
 
+def taken(rendered: dict[str, Any]) -> Config:
+    """What the service makes of it."""
+    return Config.from_environ(settings(rendered) | secrets() | {"API_KEYS": "k3y"})
+
+
 def each(value: object, key: str) -> Iterator[Any]:
     """Everything under this key, however deep."""
     if isinstance(value, dict):
@@ -109,10 +115,13 @@ def test_settings(rendered: dict[str, Any]) -> None:
     secret = {item.name.upper() for item in fields(Config) if item.metadata["secret"]}
     assert {*secrets()} == secret
     assert {*settings(rendered)} == {item.name.upper() for item in fields(Config)} - secret
-    found = Config.from_environ(settings(rendered) | secrets())
-    assert re.fullmatch(r"models:/[\w-]+/\d+", found.model_uri), "a number, which a commit changes; no alias"
-    assert not found.may_listen_on("0.0.0.0") or found.api_keys
-    assert not found.model_allow_unsafe
+    with pytest.raises(ConfigError, match="API_KEYS"):  # the example is no key
+        Config.from_environ(settings(rendered) | secrets())
+    found, usual = taken(rendered), config(api_keys="k3y")
+    differs = {item.name: getattr(found, item.name) for item in fields(Config)}
+    differs = {name: value for name, value in differs.items() if value != getattr(usual, name)}
+    assert re.fullmatch(r"models:/[\w-]+/\d+", differs.pop("model_uri")), "a number, which a commit changes; no alias"
+    assert {*differs} == {"mlflow_tracking_uri", "mlflow_s3_endpoint_url", "host"}
 
 
 def test_settings_reach_the_pod(rendered: dict[str, Any], container: dict[str, Any]) -> None:
@@ -160,7 +169,8 @@ def test_ports_agree(rendered: dict[str, Any], extended: dict[str, Any], contain
         backend["port"] == {"name": "http"} for backend in each(list(each(rendered["Ingress"], "backend")), "service")
     )
     assert [ref["port"] for refs in each(extended["HTTPRoute"], "backendRefs") for ref in refs] == [service["port"]]
-    assert [one["port"] for one in extended["ServiceMonitor"]["spec"]["endpoints"]] == ["http"]
+    endpoints = extended["ServiceMonitor"]["spec"]["endpoints"]
+    assert [(one["port"], one["path"]) for one in endpoints] == [("http", "/metrics")]
     [[incoming]] = [rule["ports"] for rule in rendered["NetworkPolicy"]["spec"]["ingress"]]
     assert incoming["port"] == "http"
     assert re.search(r"^EXPOSE 8000$", DOCKERFILE, re.M)
@@ -180,11 +190,14 @@ def test_egress_is_what_the_settings_name(rendered: dict[str, Any]) -> None:
         for name, space, port in re.findall(r"//([^.]+)\.([^.]+)\.svc\.cluster\.local:(\d+)", address)
     }
     assert {*rendered["NetworkPolicy"]["spec"]["policyTypes"]} == {"Ingress", "Egress"}
+    [incoming] = rendered["NetworkPolicy"]["spec"]["ingress"]
+    spaces = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}} for name in COMING_FROM]
+    assert incoming["from"] == spaces
 
 
 def test_times_nest(rendered: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
     """A pod has time to stop, a start has time to fail by itself, and nothing busy is taken for dead."""
-    found = Config.from_environ(settings(rendered) | secrets())
+    found = taken(rendered)
     before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] >= before + found.graceful_timeout + 5
     assert found.drain_seconds + 2 <= found.graceful_timeout
@@ -236,6 +249,7 @@ def test_nothing_is_root(rendered: dict[str, Any], pod: dict[str, Any], containe
     }
     assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & {*pod}
     assert [*each(rendered, "automountServiceAccountToken")] == [False, False]
+    assert pod["enableServiceLinks"] is False
     assert rendered["Namespace"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     assert re.findall(r"^USER (.*)$", DOCKERFILE, re.M) == ["10001:10001"]
 
@@ -248,6 +262,30 @@ def test_memory(rendered: dict[str, Any], pod: dict[str, Any], container: dict[s
     sizes = volume["emptyDir"]["sizeLimit"], container["resources"]["requests"]["memory"]
     assert sizes == ("256Mi", "512Mi")
     assert container["resources"]["limits"] == {"memory": "1Gi"}
+
+
+def test_scaling(rendered: dict[str, Any], container: dict[str, Any]) -> None:
+    """By a share of what is requested; up faster than down; and a node can always be drained."""
+    scaler, budget = (rendered[kind]["spec"] for kind in ("HorizontalPodAutoscaler", "PodDisruptionBudget"))
+    assert container["resources"]["requests"]["cpu"] == "1"
+    [metric] = scaler["metrics"]
+    assert metric["resource"] == {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}
+    up, down = scaler["behavior"]["scaleUp"], scaler["behavior"]["scaleDown"]
+    assert up == {
+        "stabilizationWindowSeconds": 15,
+        "policies": [{"type": "Percent", "value": 100, "periodSeconds": 30}],
+    }
+    assert down == {"stabilizationWindowSeconds": 600, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 120}]}
+    assert scaler["minReplicas"] == 2 < scaler["maxReplicas"]
+    assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
+
+
+def test_ingress_is_encrypted(rendered: dict[str, Any]) -> None:
+    spec = rendered["Ingress"]["spec"]
+    [rule], [tls] = spec["rules"], spec["tls"]
+    assert tls == {"hosts": [rule["host"]], "secretName": "fraud-api-tls"}
+    assert spec["ingressClassName"] == "public"
+    assert "annotations" not in rendered["Ingress"]["metadata"]
 
 
 def test_argo_cd(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
@@ -265,6 +303,11 @@ def test_argo_cd(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
     assert project["spec"]["destinations"] == [application["spec"]["destination"]]
     assert application["spec"]["destination"]["namespace"] == rendered["Namespace"]["metadata"]["name"]
     assert (HERE / application["spec"]["source"]["path"]).samefile(K8S)
+    assert application["spec"]["source"]["targetRevision"] == "main"
+    sync = application["spec"]["syncPolicy"]
+    assert sync["automated"] == {"prune": True, "selfHeal": True, "allowEmpty": False}
+    assert sync["syncOptions"] == ["ServerSideApply=true", "PruneLast=true"]
+    assert sync["retry"]["backoff"]["factor"] == 2
     assert {document["metadata"].get("namespace", "fraud-api") for document in kinds.values()} == {"fraud-api"}
 
 
@@ -291,15 +334,17 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "checkout"
     shutil.copytree(K8S, folder / "k8s")
     shutil.copy(HERE / "Makefile", folder)
+    file = folder / "k8s/service.env"  # whatever has been released here
+    file.write_text(re.sub("(?m)^MODEL_URI=.*$", "MODEL_URI=models:/fraud-detector/1", file.read_text()))
     git(tmp_path, "init", "-q", "checkout")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "all")
     return folder
 
 
-def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def make(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     author = {f"GIT_{who}_{what}": "x@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environ = {"PATH": os.environ["PATH"], "HOME": str(folder)} | author
+    environ = {"PATH": os.environ["PATH"], "HOME": str(folder)} | author | environ
     return subprocess.run(["make", *words], cwd=folder, env=environ, capture_output=True, text=True, check=False)
 
 
@@ -339,6 +384,61 @@ def test_model_release_is_of_nothing_else(checkout: Path) -> None:
     assert git(checkout, "rev-list", "--count", "HEAD").strip() == "2"
 
 
+def test_model_release_without_a_name(checkout: Path) -> None:
+    """Who cannot commit changes nothing."""
+    done = make(checkout, "release-model", "VERSION=7", GIT_AUTHOR_NAME="", GIT_AUTHOR_EMAIL="", EMAIL="")
+    assert done.returncode != 0
+    assert git(checkout, "status", "--porcelain") == ""
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> str:
+    """A PATH on which `kustomize` does to the file what the real one does with `edit set image`."""
+    tool = tmp_path / "bin/kustomize"
+    tool.parent.mkdir()
+    tool.write_text(
+        '#!/bin/sh\ntest "$1" = edit || exit 0\necho "$@" >> ../called\n'
+        'sed -i "s|^- digest: .*|- digest: ${4#*@}|" kustomization.yaml\n'
+    )
+    tool.chmod(0o755)
+    return f"{tool.parent}:{os.environ['PATH']}"
+
+
+def test_image_release(checkout: Path, tools: str) -> None:
+    """The digest is committed, alone; anything else is refused; the name is lower case, as registries want it."""
+    digest = f"sha256:{'1' * 64}"
+    for wrong in ("", "sha256:1", f"{digest}1", f"latest@{digest}"):
+        done = make(checkout, "release-image", IMAGE="registry.example/x", DIGEST=wrong, PATH=tools)
+        assert (done.returncode, done.stderr.splitlines()[0][:7]) == (2, "DIGEST:")
+    done = make(checkout, "release-image", IMAGE="registry.example/Fraud-API", DIGEST=digest, PATH=tools)
+    assert done.returncode == 0, done.stderr
+    called = (checkout / "called").read_text()
+    assert called == f"edit set image fraud-api=registry.example/fraud-api@{digest}\n"
+    assert git(checkout, "log", "-1", "--format=%s").strip() == f"Deploy {digest}"
+    assert git(checkout, "show", "--format=", "--name-only").split() == ["k8s/kustomization.yaml"]
+
+
+def test_push_comes_after_what_others_pushed(checkout: Path, tmp_path: Path) -> None:
+    """With the token in the address and nowhere else, rebased, never forced."""
+    git(tmp_path, "clone", "-q", "--bare", "checkout", "server.git")
+    git(tmp_path, "clone", "-q", "server.git", "other")
+    other = tmp_path / "other"
+    (other / "theirs").touch()
+    git(other, "add", "theirs")
+    git(other, "commit", "-qm", "theirs")
+    git(other, "push", "-q", "origin", "HEAD:main")
+    git(checkout, "branch", "-M", "main")
+    assert make(checkout, "release-model", "VERSION=7").returncode == 0
+    server = {"GITHUB_SERVER_URL": "https://git.example", "GITHUB_REPOSITORY": "fraud-api", "GITHUB_TOKEN": "t0ken"}
+    address = "https://x-access-token:t0ken@git.example/fraud-api"
+    mapped = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{tmp_path}/server.git.insteadOf"}
+    done = make(checkout, "push", **server, **mapped, GIT_CONFIG_VALUE_0=address)
+    assert done.returncode == 0, done.stderr
+    subjects = git(tmp_path / "server.git", "log", "main", "--format=%s").splitlines()
+    assert subjects == ["Release fraud-detector 7", "theirs", "all"]
+    assert "t0ken" not in git(checkout, "config", "--list")
+
+
 # -- the image ---------------------------------------------------------------------------------------------------------
 
 
@@ -362,12 +462,19 @@ def test_image_has_what_the_service_is() -> None:
     assert allowed == copied()
 
 
-def test_image_is_pinned_and_has_no_shell_before_it() -> None:
+def test_image_says_what_it_is(model: Model) -> None:
     assert re.search(r"^ARG PYTHON_IMAGE=[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.M)
     assert {*re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)} == {"${PYTHON_IMAGE}"}
     assert re.findall(r"^(?:CMD|ENTRYPOINT) (.*)$", DOCKERFILE, re.M) == ['["gunicorn"]']
     assert re.search(r"^STOPSIGNAL SIGTERM$", DOCKERFILE, re.M)
     assert "--require-hashes" in DOCKERFILE
+    assert re.search(r"^ENV .* HOST=0\.0\.0\.0$", DOCKERFILE, re.M)
+    [path] = re.findall(r"HEALTHCHECK.*\n.*'8000'\)\}(/[a-z/]+)", DOCKERFILE)
+    app = client_of(create_app(config(), model))
+    assert app.get(path).status_code == 200
+    names = re.findall(r'"(\w+)"', re.findall(r"names = (.*);", DOCKERFILE)[0])
+    assert names == [*app.get("/version").json] == ["source", "version", "commit", "build"]
+    assert re.search(r'"\$SOURCE" "\$VERSION" "\$COMMIT" "\$BUILD" > version.json', DOCKERFILE)
 
 
 # -- the pipeline ------------------------------------------------------------------------------------------------------
@@ -397,16 +504,67 @@ def test_workflow(path: Path) -> None:
                 assert {*line.split()} <= {*targets}
 
 
+MAIN = "github.ref == 'refs/heads/main'"
+READ = {"contents": "read"}
+PIPELINE = {  # job: what it may, what must have passed, and what it does beside setting up, and where
+    "test": (READ, [], [("make lint test", None)]),
+    "manifests": (READ, [], [("make manifests checkov", None)]),
+    "image": (
+        READ | dict.fromkeys(("packages", "id-token", "attestations", "artifact-metadata"), "write"),
+        ["test", "manifests"],
+        [
+            ("make image", None),
+            ("make image-scan", None),
+            ('make image-push >> "$GITHUB_OUTPUT"', MAIN),
+            ("make image-sign", MAIN),
+            ("actions/attest", MAIN),
+        ],
+    ),
+    "image-test": (READ, ["test", "manifests"], [("sudo make image-test", None)]),
+    "end-to-end": (READ | {"packages": "read"}, ["image"], [("make end-to-end", None)]),
+    "deploy": (
+        {"contents": "write"},
+        ["test", "manifests", "image", "image-test", "end-to-end"],
+        [("make release-image", None), ("make push", None)],
+    ),
+}
+SETTING_UP = ("checkout", "setup-", "login", "cosign-installer", "download-grype", "kind-action")
+
+
+def done_by(job: dict[str, Any]) -> list[tuple[str, str | None]]:
+    steps = [(step.get("run") or step["uses"].partition("@")[0], step.get("if")) for step in job["steps"]]
+    return [(what, where) for what, where in steps if not any(word in what for word in SETTING_UP)]
+
+
 def test_pipeline() -> None:
     """Tests on every Python that is supported; only what all of it has passed, on main, is deployed, one at a time."""
-    jobs = yaml.safe_load((HERE / ".github/workflows/ci-cd.yml").read_text())["jobs"]
+    workflow = yaml.safe_load((HERE / ".github/workflows/ci-cd.yml").read_text())
+    jobs = workflow["jobs"]
+    assert {name: (job["permissions"], job.get("needs", []), done_by(job)) for name, job in jobs.items()} == PIPELINE
     assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13", "3.14"]
-    assert {*jobs["deploy"]["needs"]} == {*jobs} - {"deploy"}
-    assert "refs/heads/main" in jobs["deploy"]["if"]
-    assert jobs["deploy"]["concurrency"]["cancel-in-progress"] is False
+    assert jobs["deploy"]["if"] == f"github.event_name == 'push' && {MAIN}"
+    assert jobs["deploy"]["concurrency"] == {"group": "deploy", "cancel-in-progress": False}
+    ignored = workflow[True]["push"]["paths-ignore"]  # YAML 1.1 takes `on` for true
+    assert {"k8s/kustomization.yaml", "k8s/service.env"} <= {*ignored}, "what a release commits starts no build"
+    for job in ("deploy", "end-to-end"):
+        [digest] = each(jobs[job]["steps"], "DIGEST")
+        assert digest == "${{ needs.image.outputs.digest }}"
+    makefile = (HERE / "Makefile").read_text()
+    assert "--fail-on high --only-fixed" in makefile
+    assert "--sbom=true --provenance=mode=max" in makefile
+
+
+def test_release_of_a_model_by_hand() -> None:
+    workflow = yaml.safe_load((HERE / ".github/workflows/release-model.yml").read_text())
+    assert [*workflow[True]] == ["workflow_dispatch"]
+    [job] = workflow["jobs"].values()
+    assert (job["permissions"], done_by(job)) == (
+        {"contents": "write"},
+        [("make release-model", None), ("make push", None)],
+    )
 
 
 def test_dependabot() -> None:
     updates = yaml.safe_load((HERE / ".github/dependabot.yml").read_text())["updates"]
-    assert {update["package-ecosystem"] for update in updates} == {"github-actions", "docker", "pip"}
+    assert {update["package-ecosystem"] for update in updates} == {"github-actions", "pip"}
     assert all(update["cooldown"]["default-days"] >= 7 for update in updates)

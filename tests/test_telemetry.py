@@ -34,7 +34,7 @@ from chaos import Relay
 from conftest import BODY, HERE, LINE, NAME, TRANSACTION, Service, client_of, config, running, wait_until
 from fraud_api import create_app
 from model import Features, Model, Transaction
-from telemetry import KEPT, Drift, Log, Metrics
+from telemetry import KEPT, Drift, Log, Metrics, Output
 
 PLACES = (0, 1, "master")
 KEY = "k3y-of-the-tests"
@@ -226,6 +226,38 @@ def test_a_log_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(log.lines) < kept
     assert [int(line) for line in read.splitlines()] == [*range(10_000, 20_000 - len(log.lines))]
     os.close(reader)
+
+
+def test_messages_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged about anything else holds up nobody either; when somebody reads again, it is there again."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        lines = [f"{number:05}" + "x" * 5000 + "\n" for number in range(40)]
+        for line in lines[:20]:
+            Output().write(line)
+        os.set_blocking(reader, False)
+        with pytest.raises(BlockingIOError):
+            while os.read(reader, 2**16):
+                pass
+        Output().write(lines[20])
+        read = os.read(reader, 2**16)
+    assert read.decode() == lines[20]
+    os.close(reader)
+
+
+def test_counting_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for the metrics may be full: the line of the request comes all the same, and others are counted."""
+    metrics = Metrics()
+    with monkeypatch.context() as context:
+        context.setattr(metrics.requests, "labels", lambda *_: 1 / 0)
+        metrics.answer({}, 200)
+        with pytest.raises(ZeroDivisionError):
+            metrics.settle()
+    metrics.answer({}, 200)
+    metrics.settle()
+    assert len(metrics.counted) == 2
+    assert metrics.requests.labels("-", 200)._value.get() == 1
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

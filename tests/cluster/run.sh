@@ -23,7 +23,13 @@ finish() {
 trap finish EXIT
 
 say "images"
-make --silent image IMAGE=fraud-api TAG=e2e
+if [ -n "${DIGEST:-}" ]; then # the very image that is to be deployed
+    pushed=$(echo "${IMAGE:?}" | tr '[:upper:]' '[:lower:]')@$DIGEST
+    docker pull --quiet "$pushed"
+    docker tag "$pushed" fraud-api:e2e
+else
+    make --silent image IMAGE=fraud-api TAG=e2e
+fi
 mkdir "$work/mlflow"
 awk '/^gunicorn-h1c==/ {skip = 1} !skip {print} !/\\$/ {skip = 0}' requirements-dev.txt > "$work/mlflow/requirements.txt"
 base=$(sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile)
@@ -47,13 +53,17 @@ done
 say "the service"
 key=$(openssl rand -hex 16)
 mkdir "$work/tests" && cp -r k8s "$work/" && cp -r tests/cluster "$work/tests/"
+release() { sed -i "s|^\(MODEL_URI=models:/[^/@]*\)[/@].*|\1/$1|" "$work/k8s/service.env"; }
+release 1
 kubectl apply -f k8s/namespace.yaml
 kubectl -n fraud-api create secret generic fraud-api --from-literal=API_KEYS="$key"
 kubectl apply -k "$work/tests/cluster"
 kubectl -n fraud-api rollout status deployment/fraud-api --timeout=180s
+kubectl -n fraud-api wait deployment/fraud-api --for=jsonpath='{.status.availableReplicas}'=2 --timeout=180s
 
 say "load, through the Service and from where it may come"
 kubectl create namespace ingress
+timeout 60 sh -c "until kubectl -n ingress get serviceaccount default; do sleep 0.5; done" > /dev/null 2>&1
 kubectl -n ingress run load --image=fraud-api:e2e --restart=Never --env=KEY="$key" --command -- \
     python -c "$(cat tests/cluster/load.py)" 120
 kubectl -n ingress wait pod/load --for=condition=Ready --timeout=60s
@@ -64,7 +74,7 @@ kubectl -n fraud-api delete "$pod"
 kubectl -n fraud-api rollout status deployment/fraud-api --timeout=120s
 
 say "version 2"
-sed -i 's|^\(MODEL_URI=.*/\)1$|\12|' "$work/k8s/service.env"
+release 2
 kubectl apply -k "$work/tests/cluster"
 kubectl -n fraud-api rollout status deployment/fraud-api --timeout=180s
 

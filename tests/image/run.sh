@@ -19,7 +19,6 @@ finish() {
     kill -- -"${registry:-}" 2> /dev/null || true
     podman rm --force --time 0 single > /dev/null 2>&1 || true
     podman kube play --down "$work/pod.yaml" > /dev/null 2>&1 || true
-    podman secret rm fraud-api > /dev/null 2>&1 || true
     rm -rf "$work"
     exit "$status"
 }
@@ -87,11 +86,10 @@ podman run --detach --name single --network=host --no-healthcheck --read-only --
     --cap-drop=ALL --security-opt=no-new-privileges --memory 1g --env HOST=127.0.0.1 --env PORT="$single_port" \
     --env MLFLOW_TRACKING_URI="http://127.0.0.1:$registry_port" $image > /dev/null
 kubectl kustomize k8s | .venv/bin/python tests/image/pod.py $image "$registry_port" "$pod_port" > "$work/pod.yaml"
-echo '{"API_KEYS": "azN5"}' | podman secret create fraud-api - > /dev/null # k3y; podman 4 reads no other form
 podman kube play "$work/pod.yaml" > "$work/kube.log" 2>&1
 await "podman run: ready, as 10001 without capabilities, read-only" fetch "http://127.0.0.1:$single_port/health/ready"
 await "podman kube play: the rendered Deployment is ready" fetch "http://127.0.0.1:$pod_port/health/ready"
-found=$(fetch "http://127.0.0.1:$pod_port/version" | sed 's/.*"commit":"\([^"]*\)".*/\1/')
+found=$(fetch "http://127.0.0.1:$pod_port/version" | sed 's/.*"commit": *"\([^"]*\)".*/\1/')
 is "the commit in /version" "$found" "$commit"
 healthcheck=$(podman image inspect $image --format '{{index .Config.Healthcheck.Test 3}}')
 kill -- -"$registry" && registry=""
