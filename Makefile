@@ -39,7 +39,7 @@ export TRY
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 .PHONY: install
 install: .venv/installed ## make .venv with what is locked in requirements-dev.txt

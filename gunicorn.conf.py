@@ -113,7 +113,9 @@ class Worker(ThreadWorker):
         begun = b"" if self.tls else peek(conn.sock)
         kind = LONG if self.tls or unsent(conn.sock) else kind_of(begun)
         if conn not in self.active:
-            if len(self.active) >= settings.max_connections and not begun.startswith(b"GET /health"):
+            busy = len(self.active) > self.cfg.threads
+            late = busy and waiting(conn.sock) > settings.max_wait_ms  # in the kernel, as nobody came to accept it
+            if (late or len(self.active) >= settings.max_connections) and not begun.startswith(b"GET /health"):
                 self.handle_error(None, conn.sock, conn.client, Overloaded())
                 self.part_from(conn)
                 return
@@ -188,7 +190,7 @@ class Worker(ThreadWorker):
             self.part_from(conn)
 
     def part_from(self, conn):
-        """Close, and wait up to 2 s for the client to do the same (RFC 9112, section 9.6), without a thread."""
+        """Close, and wait up to 2 s for the client to do the same (RFC 9112, section 9.6), while there is room for it."""
         cut(conn.sock, socket.SHUT_WR)
         try:
             conn.sock.setblocking(False)
@@ -216,8 +218,8 @@ class Worker(ThreadWorker):
         super().murder_keepalived()
         now = time.monotonic()
         self.log.flush(now)
-        for conn, until in list(self.parting.items()):
-            if now < until and self.alive:
+        for conn, until in list(self.parting.items()):  # the oldest first
+            if now < until and self.alive and self.nr_conns < self.worker_connections * 3 // 4:
                 break
             self.forget(conn)
 
@@ -294,6 +296,14 @@ def unsent(connection):
     try:
         return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except OSError:
+        return 0
+
+
+def waiting(connection):
+    """Milliseconds since the last bytes came (tcp(7), linux/tcp.h)."""
+    try:
+        return int.from_bytes(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 56)[52:], sys.byteorder)
+    except OSError:  # no TCP
         return 0
 
 

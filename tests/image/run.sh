@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 work=$(mktemp -d)
-image=localhost/fraud-api:test pod=fraud-api-pod-0-fraud-api
+image=localhost/fraud-api:test pod=""
 commit=$(git rev-parse HEAD)
 transaction='{"transaction_id": "tx_12345", "amount": 150.50, "merchant_category": "grocery_stores", "hour": 14,
     "day_of_week": 2, "user_age": 35, "account_balance": 2500.00}'
@@ -14,7 +14,7 @@ transaction='{"transaction_id": "tx_12345", "amount": 150.50, "merchant_category
 finish() {
     status=$?
     if [ "$status" != 0 ]; then
-        { tail -n 30 "$work"/*.log; podman logs --tail 20 single; podman logs --tail 20 $pod; } 2>&1 || true
+        { tail -n 30 "$work"/*.log; podman logs --tail 20 single; podman logs --tail 20 "$pod"; } 2>&1 || true
     fi
     kill -- -"${registry:-}" 2> /dev/null || true
     podman rm --force --time 0 single > /dev/null 2>&1 || true
@@ -87,6 +87,7 @@ podman run --detach --name single --network=host --no-healthcheck --read-only --
     --env MLFLOW_TRACKING_URI="http://127.0.0.1:$registry_port" $image > /dev/null
 kubectl kustomize k8s | .venv/bin/python tests/image/pod.py $image "$registry_port" "$pod_port" > "$work/pod.yaml"
 podman kube play "$work/pod.yaml" > "$work/kube.log" 2>&1
+pod=$(podman ps --format '{{.Names}}' --filter name='fraud-api-pod.*-fraud-api$')
 await "podman run: ready, as 10001 without capabilities, read-only" fetch "http://127.0.0.1:$single_port/health/ready"
 await "podman kube play: the rendered Deployment is ready" fetch "http://127.0.0.1:$pod_port/health/ready"
 found=$(fetch "http://127.0.0.1:$pod_port/version" | sed 's/.*"commit": *"\([^"]*\)".*/\1/')
