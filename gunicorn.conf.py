@@ -190,7 +190,7 @@ class Worker(ThreadWorker):
             self.part_from(conn)
 
     def part_from(self, conn):
-        """Close, and wait up to 2 s for the client to do the same (RFC 9112, section 9.6), while there is room for it."""
+        """Close, and wait up to 2 s, while there is room, for the client to do the same (RFC 9112, section 9.6)."""
         cut(conn.sock, socket.SHUT_WR)
         try:
             conn.sock.setblocking(False)
