@@ -14,7 +14,7 @@ ARG SOURCE_DATE_EPOCH=0
 # Two secrets for who has a package index or a certificate authority of their own: lines of NAME=value, and the authority.
 # hadolint ignore=DL3042
 RUN --mount=type=secret,id=env --mount=type=secret,id=ca \
-    ! test -e /run/secrets/env || while IFS= read -r line; do export "$line"; done < /run/secrets/env; \
+    ! test -e /run/secrets/env || while IFS= read -r line; do export "${line?}"; done < /run/secrets/env; \
     export CFLAGS=-g0 LDFLAGS=-s UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1; \
     python3 -m venv uv && uv/bin/pip install --require-hashes -r requirements-build.txt && \
     python3 -m venv --without-pip /opt/venv && \
