@@ -82,6 +82,7 @@ class Worker(ThreadWorker):
         self.active = {}  # connection: since when it has been looked at, and the bytes that it had moved by then
         self.parting = {}  # connection: until when its client may go on
         self.looked, self.refused = time.monotonic(), 0
+        self.behind = 0  # milliseconds that the last request waited for a thread
 
     def init_process(self):
         """Fail-fast belongs to the start: gunicorn would stop the healthy workers with one that cannot start."""
@@ -113,8 +114,8 @@ class Worker(ThreadWorker):
         begun = b"" if self.tls else peek(conn.sock)
         kind = LONG if self.tls or unsent(conn.sock) else kind_of(begun)
         if conn not in self.active:
-            busy = len(self.active) > self.cfg.threads
-            late = busy and waiting(conn.sock) > settings.max_wait_ms  # in the kernel, as nobody came to accept it
+            # Where threads are behind nobody was accepted in time either, and has waited for that in the kernel.
+            late = self.behind * 2 > settings.max_wait_ms and waiting(conn.sock) > settings.max_wait_ms
             if (late or len(self.active) >= settings.max_connections) and not begun.startswith(b"GET /health"):
                 self.handle_error(None, conn.sock, conn.client, Overloaded())
                 self.part_from(conn)
@@ -141,11 +142,11 @@ class Worker(ThreadWorker):
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def handle(self, conn):
-        conn.waited = time.monotonic() - conn.queued
+        conn.waited = self.behind = (time.monotonic() - conn.queued) * 1000
         return super().handle(conn)
 
     def handle_request(self, req, conn):
-        if conn.waited * 1000 > settings.max_wait_ms and not req.path.startswith("/health"):
+        if conn.waited > settings.max_wait_ms and not req.path.startswith("/health"):
             raise Overloaded
         return super().handle_request(req, conn)
 

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -13,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -167,21 +166,6 @@ def test_silent_connections_take_no_place(champion: str) -> None:
             assert service.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
         for one in (*silent, *idle):
             one.close()
-
-
-def test_who_has_waited_in_the_kernel_is_told(champion: str) -> None:
-    """While a worker stands still nobody accepts; then who has waited too long by then is told to come again."""
-    with running(champion, web_concurrency="1", max_wait_ms="200") as service, ExitStack() as stack:
-        [worker] = service.workers()
-        os.kill(worker, signal.SIGSTOP)
-        clients = [stack.enter_context(service.connect()) for _ in range(100)]
-        for client in clients:
-            client.sendall(head() + BODY)
-        time.sleep(0.4)  # that is what it is about
-        os.kill(worker, signal.SIGCONT)
-        counts = Counter(client.recv(12) for client in clients)
-    assert {*counts} == {b"HTTP/1.1 200", b"HTTP/1.1 503"}
-    assert counts[b"HTTP/1.1 503"] > 50
 
 
 # -- overload ----------------------------------------------------------------------------------------------------------
