@@ -11,6 +11,9 @@ RUN apt-get update && apt-get install --yes --no-install-recommends ${BUILD_PACK
 WORKDIR /build
 COPY requirements-build.txt requirements.txt ./
 ARG SOURCE_DATE_EPOCH=0
+# The files' times are the commit's, so from here on, here and below, no layer of another commit is taken from a cache.
+ARG COMMIT=""
+LABEL org.opencontainers.image.revision=${COMMIT}
 # Two secrets for who has a package index or a certificate authority of their own: lines of NAME=value, and the authority.
 # hadolint ignore=DL3042
 RUN --mount=type=secret,id=env --mount=type=secret,id=ca \
@@ -30,7 +33,6 @@ RUN /build/uv/bin/uv pip uninstall --python /opt/venv/bin/python \
 
 # hadolint ignore=DL3006
 FROM ${PYTHON_IMAGE}
-# The files' times are the commit's, so no layer from here on is of another commit.
 ARG COMMIT=""
 LABEL org.opencontainers.image.revision=${COMMIT}
 ENV PATH=/opt/venv/bin:${PATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOST=0.0.0.0
