@@ -11,9 +11,6 @@ RUN apt-get update && apt-get install --yes --no-install-recommends ${BUILD_PACK
 WORKDIR /build
 COPY requirements-build.txt requirements.txt ./
 ARG SOURCE_DATE_EPOCH=0
-# The files' times are the commit's, so from here on, here and below, no layer of another commit is taken from a cache.
-ARG COMMIT=""
-LABEL org.opencontainers.image.revision=${COMMIT}
 # Two secrets for who has a package index or a certificate authority of their own: lines of NAME=value, and the authority.
 # hadolint ignore=DL3042
 RUN --mount=type=secret,id=env --mount=type=secret,id=ca \

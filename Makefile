@@ -24,7 +24,8 @@ EPOCH = $(shell git log -1 --format=%ct)
 # Only a builder of its own (docker buildx create --use) can give files in layers the commit's time.
 REWRITE = $(shell docker buildx inspect 2> /dev/null | grep -q docker-container && echo ,rewrite-timestamp=true)
 BUILD_docker = docker buildx build --output $(OUTPUT)$(REWRITE) --build-arg SOURCE_DATE_EPOCH=$(EPOCH)
-BUILD_podman = podman build --format docker --network host --timestamp $(EPOCH)
+# From nothing: layers in a cache have the time of another commit.
+BUILD_podman = podman build --no-cache --format docker --network host --timestamp $(EPOCH)
 BUILD_buildah = buildah build --format docker --network host --timestamp $(EPOCH)
 
 export PYTHONDONTWRITEBYTECODE := 1
