@@ -40,7 +40,7 @@ LATENCIES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0
 SIZES = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)
 TOGETHER = 0.02  # seconds of requests that are logged and counted in one go
 KEPT = 10_000  # lines, while nobody reads them; older ones are lost
-PATIENCE = 0.1  # seconds, with a reader of any other line
+PATIENCE = 0.1  # seconds that any other line waits for somebody to read
 FEW = 16  # rows; fewer wait until they are counted together with others, more are counted at once
 
 

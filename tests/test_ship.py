@@ -13,11 +13,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from webtest import TestApp
 
 from config import Config, ConfigError
-from conftest import HERE, client_of, config
-from fraud_api import create_app
-from model import Model
+from conftest import HERE, config
 
 K8S = HERE / "k8s"
 NAME = "app.kubernetes.io/name"
@@ -132,8 +131,7 @@ def test_settings_reach_the_pod(rendered: dict[str, Any], container: dict[str, A
     assert "env" not in container
 
 
-def test_probes_are_routes(container: dict[str, Any], model: Model) -> None:
-    app = client_of(create_app(config(), model))
+def test_probes_are_routes(container: dict[str, Any], app: TestApp) -> None:
     paths = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
     assert paths == {
         "startupProbe": "/health/ready",
@@ -143,14 +141,13 @@ def test_probes_are_routes(container: dict[str, Any], model: Model) -> None:
     assert all(app.get(path).status_code == 200 for path in paths.values())
 
 
-def test_public_paths_are_routes(rendered: dict[str, Any], extended: dict[str, Any], model: Model) -> None:
+def test_public_paths_are_routes(rendered: dict[str, Any], extended: dict[str, Any], app: TestApp) -> None:
     """Ingress and HTTPRoute let the same through: all that there is but metrics."""
     [ingress] = each(rendered["Ingress"], "paths")
     [matches] = each(extended["HTTPRoute"], "matches")
     paths = [(path["path"], path["pathType"].removesuffix("Prefix")) for path in ingress]
     route = [(match["path"]["value"], match["path"]["type"].removesuffix("PathPrefix")) for match in matches]
     assert paths == route
-    app = client_of(create_app(config(), model))
     assert all(app.get(path, expect_errors=True).status_code in (200, 405) for path, _ in paths)
     routes = json.loads(app.get("/openapi.json").body)["paths"]
     assert {path for path in routes if not any(path == one or path.startswith(f"{one}/") for one, _ in paths)} == {
@@ -323,9 +320,16 @@ def test_guide_names_everything() -> None:
 # -- releases of a model -----------------------------------------------------------------------------------------------
 
 
+def at(folder: Path, **environ: str) -> dict[str, str]:
+    """An environment with nobody's settings of Git, in which somebody commits."""
+    author = {f"GIT_{who}_{what}": "x@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return {"PATH": os.environ["PATH"], "HOME": str(folder)} | author | environ
+
+
 def git(folder: Path, *words: str) -> str:
-    names = ("-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false")
-    return subprocess.run(["git", *names, *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", *words], cwd=folder, env=at(folder), capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.fixture
@@ -343,8 +347,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    author = {f"GIT_{who}_{what}": "x@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environ = {"PATH": os.environ["PATH"], "HOME": str(folder)} | author | environ
+    environ = at(folder, **environ)
     return subprocess.run(["make", *words], cwd=folder, env=environ, capture_output=True, text=True, check=False)
 
 
@@ -462,7 +465,7 @@ def test_image_has_what_the_service_is() -> None:
     assert allowed == copied()
 
 
-def test_image_says_what_it_is(model: Model) -> None:
+def test_image_says_what_it_is(app: TestApp) -> None:
     assert re.search(r"^ARG PYTHON_IMAGE=[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.M)
     assert {*re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)} == {"${PYTHON_IMAGE}"}
     assert re.findall(r"^(?:CMD|ENTRYPOINT) (.*)$", DOCKERFILE, re.M) == ['["gunicorn"]']
@@ -470,7 +473,6 @@ def test_image_says_what_it_is(model: Model) -> None:
     assert "--require-hashes" in DOCKERFILE
     assert re.search(r"^ENV .* HOST=0\.0\.0\.0$", DOCKERFILE, re.M)
     [path] = re.findall(r"HEALTHCHECK.*\n.*'8000'\)\}(/[a-z/]+)", DOCKERFILE)
-    app = client_of(create_app(config(), model))
     assert app.get(path).status_code == 200
     names = re.findall(r'"(\w+)"', re.findall(r"names = (.*);", DOCKERFILE)[0])
     assert names == [*app.get("/version").json] == ["source", "version", "commit", "build"]
