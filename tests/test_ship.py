@@ -5,8 +5,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import yaml
 from webtest import TestApp
 
 from config import Config, ConfigError
-from conftest import HERE, config
+from conftest import HERE, config, free_port
 
 K8S = HERE / "k8s"
 NAME = "app.kubernetes.io/name"
@@ -477,6 +480,80 @@ def test_image_says_what_it_is(app: TestApp) -> None:
     names = re.findall(r'"(\w+)"', re.findall(r"names = (.*);", DOCKERFILE)[0])
     assert names == [*app.get("/version").json] == ["source", "version", "commit", "build"]
     assert re.search(r'"\$SOURCE" "\$VERSION" "\$COMMIT" "\$BUILD" > version.json', DOCKERFILE)
+
+
+# -- the scripts that need docker, kind or podman ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [HERE / ".ci/run", *HERE.glob("tests/*/*.sh")], ids=lambda path: path.name)
+def test_scripts_read_pipes_to_the_end(path: Path) -> None:
+    """With `pipefail`, a command that stops reading early fails the script by SIGPIPE (status 141) now and then."""
+    script = path.read_text()
+    assert "set -euo pipefail" in script
+    assert re.findall(r"\| *(?:head|grep (?:-\S+ )*-\w*[qm]|sed \S*q)\b.*", script) == []
+
+
+def test_cluster_loads_one_platform() -> None:
+    """`kind load docker-image` fails on images with attestations (kind#3795); an archive of one platform loads."""
+    script = (HERE / "tests/cluster/run.sh").read_text()
+    saved = re.findall(r'^docker save --platform "\$platform" --output (\S+) fraud-api:e2e mlflow:e2e$', script, re.M)
+    assert re.findall(r"^kind load .*", script, re.M) == [f"kind load image-archive --name $cluster {saved[0]}"]
+
+
+class Predicts(BaseHTTPRequestHandler):
+    """Answer /health/live, and to /predict: a prediction, a 503 and a closed connection, in turn."""
+
+    requests = 0
+
+    def do_GET(self) -> None:
+        self.answer(200)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        Predicts.requests += 1
+        if Predicts.requests % 3:
+            self.answer((200, 503)[Predicts.requests % 3 - 1])
+
+    def answer(self, status: int) -> None:
+        body = b'{"model_version": "v1"}'
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_cluster_counts_once_the_service_answers() -> None:
+    """Connections refused before that are not counted; every later failure is, with its message."""
+    port = free_port()
+    words = [sys.executable, "-c", (HERE / "tests/cluster/load.py").read_text(), "1", f"http://127.0.0.1:{port}"]
+    load = subprocess.Popen(words, env={"KEY": "k3y"}, stdout=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):  # nothing listens yet
+        load.wait(1)
+    with ThreadingHTTPServer(("127.0.0.1", port), Predicts) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        lines = load.communicate(timeout=30)[0].splitlines()
+        server.shutdown()
+    assert lines[0] == "counting"
+    closed = "RemoteDisconnected: Remote end closed connection without response"
+    assert {*json.loads(lines[-1])} == {"v1", "status 503", closed}
+    assert sum(json.loads(lines[-1]).values()) == Predicts.requests
+
+
+@pytest.mark.parametrize("variable", ["CONTAINERS_CONF_OVERRIDE", "CONTAINERS_CONF"])
+def test_podman_keeps_the_configuration_of_the_system(variable: str, tmp_path: Path) -> None:
+    """CONTAINERS_CONF would replace it, so it is set only where podman does not know CONTAINERS_CONF_OVERRIDE."""
+    podman = tmp_path / "podman"
+    podman.write_text(f"#!/bin/sh\n# {variable}\n")
+    podman.chmod(0o755)
+    script = (HERE / "tests/image/run.sh").read_text()
+    part = script[script.index("printf '[containers]") : script.index("if [ -z")]
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "work": str(tmp_path)}
+    done = subprocess.run(["bash", "-ec", f"{part}env"], env=environ, capture_output=True, text=True, check=True)
+    found = {line for line in done.stdout.splitlines() if line.startswith("CONTAINERS")}
+    assert found == {f"{variable}={tmp_path}/containers.conf"}
 
 
 # -- the pipeline ------------------------------------------------------------------------------------------------------
