@@ -556,6 +556,16 @@ def test_podman_keeps_the_configuration_of_the_system(variable: str, tmp_path: P
     assert found == {f"{variable}={tmp_path}/containers.conf"}
 
 
+def test_gunicorn_is_bounded() -> None:
+    """The worker uses private names of gunicorn: only one minor version is allowed, and that one is locked."""
+    text = (HERE / "requirements.in").read_text()
+    [(lower, upper)] = re.findall(r"^gunicorn\[fast\]>=(\d+\.\d+),<(\d+\.\d+)$", text, re.M)
+    major, minor = lower.split(".")
+    assert upper == f"{major}.{int(minor) + 1}"
+    for lock in ("requirements.txt", "requirements-dev.txt"):
+        assert re.search(rf"^gunicorn=={major}\.{minor}\.\d+ ", (HERE / lock).read_text(), re.M)
+
+
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
