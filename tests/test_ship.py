@@ -391,41 +391,60 @@ def test_model_release_is_of_nothing_else(checkout: Path) -> None:
 
 
 def test_model_release_without_a_name(checkout: Path) -> None:
-    """Who cannot commit changes nothing."""
+    """Where git does not know the author, nothing changes."""
     done = make(checkout, "release-model", "VERSION=7", GIT_AUTHOR_NAME="", GIT_AUTHOR_EMAIL="", EMAIL="")
     assert done.returncode != 0
     assert git(checkout, "status", "--porcelain") == ""
 
 
+def step(workflow: str, job: str, name: str) -> str:
+    """The shell commands of a step."""
+    steps = yaml.safe_load((HERE / ".github/workflows" / workflow).read_text())["jobs"][job]["steps"]
+    [found] = [str(step["run"]) for step in steps if step.get("name") == name]
+    return found
+
+
+def run_step(folder: Path, commands: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run them as GitHub's runners do."""
+    words, environ = ["bash", "-e", "-c", commands], at(folder, **environ)
+    return subprocess.run(words, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture
 def tools(tmp_path: Path) -> str:
-    """A PATH on which `kustomize` does to the file what the real one does with `edit set image`."""
-    tool = tmp_path / "bin/kustomize"
-    tool.parent.mkdir()
-    tool.write_text(
-        '#!/bin/sh\ntest "$1" = edit || exit 0\necho "$@" >> ../called\n'
-        'sed -i "s|^- digest: .*|- digest: ${4#*@}|" kustomization.yaml\n'
+    """A PATH with replacements: `kustomize edit set image` that writes the digest, and a `gh` that does nothing."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "kustomize").write_text(
+        '#!/bin/sh\necho "$@" >> ../called\nsed -i "s|^- digest: .*|- digest: ${4#*@}|" kustomization.yaml\n'
     )
-    tool.chmod(0o755)
-    return f"{tool.parent}:{os.environ['PATH']}"
+    (folder / "gh").write_text("#!/bin/sh\n")
+    for tool in folder.iterdir():
+        tool.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
 
 
 def test_image_release(checkout: Path, tools: str) -> None:
-    """The digest is committed, alone; anything else is refused; the name is lower case, as registries want it."""
-    digest = f"sha256:{'1' * 64}"
+    """The pipeline commits the digest and nothing else; the image's name is in lower case, as registries require."""
+    commands, digest = step("ci-cd.yml", "deploy", "Commit the digest"), f"sha256:{'1' * 64}"
+    environ = {"PATH": tools, "GITHUB_REPOSITORY": "Owner/Fraud-API"}
     for wrong in ("", "sha256:1", f"{digest}1", f"latest@{digest}"):
-        done = make(checkout, "release-image", IMAGE="registry.example/x", DIGEST=wrong, PATH=tools)
-        assert (done.returncode, done.stderr.splitlines()[0][:7]) == (2, "DIGEST:")
-    done = make(checkout, "release-image", IMAGE="registry.example/Fraud-API", DIGEST=digest, PATH=tools)
-    assert done.returncode == 0, done.stderr
+        done = run_step(checkout, commands, DIGEST=wrong, **environ)
+        assert (done.returncode, done.stderr) == (1, f"unexpected digest: '{wrong}'\n")
+    for _ in range(2):  # the second time nothing has changed
+        done = run_step(checkout, commands, DIGEST=digest, **environ)
+        assert done.returncode == 0, done.stderr
     called = (checkout / "called").read_text()
-    assert called == f"edit set image fraud-api=registry.example/fraud-api@{digest}\n"
-    assert git(checkout, "log", "-1", "--format=%s").strip() == f"Deploy {digest}"
+    assert called == f"edit set image fraud-api=ghcr.io/owner/fraud-api@{digest}\n" * 2
+    assert git(checkout, "log", "--format=%s").splitlines() == [f"Deploy {digest}", "all"]
     assert git(checkout, "show", "--format=", "--name-only").split() == ["k8s/kustomization.yaml"]
 
 
-def test_push_comes_after_what_others_pushed(checkout: Path, tmp_path: Path) -> None:
-    """With the token in the address and nowhere else, rebased, never forced."""
+def test_push_comes_after_what_others_pushed(checkout: Path, tools: str, tmp_path: Path) -> None:
+    """Both workflows rebase their commit onto newer ones, and never force."""
+    name = "Push to main, on top of newer commits"
+    commands = step("ci-cd.yml", "deploy", name)
+    assert commands == step("release-model.yml", "release", name)
     git(tmp_path, "clone", "-q", "--bare", "checkout", "server.git")
     git(tmp_path, "clone", "-q", "server.git", "other")
     other = tmp_path / "other"
@@ -435,14 +454,11 @@ def test_push_comes_after_what_others_pushed(checkout: Path, tmp_path: Path) -> 
     git(other, "push", "-q", "origin", "HEAD:main")
     git(checkout, "branch", "-M", "main")
     assert make(checkout, "release-model", "VERSION=7").returncode == 0
-    server = {"GITHUB_SERVER_URL": "https://git.example", "GITHUB_REPOSITORY": "fraud-api", "GITHUB_TOKEN": "t0ken"}
-    address = "https://x-access-token:t0ken@git.example/fraud-api"
-    mapped = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{tmp_path}/server.git.insteadOf"}
-    done = make(checkout, "push", **server, **mapped, GIT_CONFIG_VALUE_0=address)
+    git(checkout, "remote", "add", "origin", f"{tmp_path}/server.git")
+    done = run_step(checkout, commands, PATH=tools)
     assert done.returncode == 0, done.stderr
     subjects = git(tmp_path / "server.git", "log", "main", "--format=%s").splitlines()
     assert subjects == ["Release fraud-detector 7", "theirs", "all"]
-    assert "t0ken" not in git(checkout, "config", "--list")
 
 
 # -- the image ---------------------------------------------------------------------------------------------------------
@@ -571,8 +587,8 @@ def test_gunicorn_is_bounded() -> None:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflow(path: Path) -> None:
-    """Nothing is granted but by a job with a reason, every action is a commit, and what runs is a target of make."""
-    text, targets = path.read_text(), re.findall(r"^([a-z][a-z-]*):.*##", (HERE / "Makefile").read_text(), re.M)
+    """Only jobs have permissions, each with a reason; actions are pinned to a commit; credentials are not kept."""
+    text = path.read_text()
     workflow = yaml.safe_load(text)
     assert workflow["permissions"] == {}
     assert workflow["concurrency"]
@@ -588,40 +604,51 @@ def test_workflow(path: Path) -> None:
         for step in job["steps"]:
             if "checkout" in step.get("uses", ""):
                 assert step["with"]["persist-credentials"] is False
-            assert "${{" not in step.get("run", ""), "a value would be taken for code"
-            for line in re.findall(r"^make ([a-z -]+)", step.get("run", "")):
-                assert {*line.split()} <= {*targets}
+            assert "${{" not in step.get("run", ""), "the value would be run as code"
+
+
+def test_commands_exist() -> None:
+    """Every `make` command in a guide, a workflow or a script is a target, and `make` lists every target."""
+    targets = {*re.findall(r"^make ([a-z-]+)", make(HERE, "help").stdout, re.M)}
+    assert targets == {*" ".join(re.findall(r"^\.PHONY: (.*)$", (HERE / "Makefile").read_text(), re.M)).split()}
+    files = [HERE / "README.md", K8S / "README.md", HERE / ".ci/run", *WORKFLOWS, *HERE.glob("tests/*/*.sh")]
+    for file in files:
+        for words in re.findall(r"(?:`|^\$ |^|run: |sudo )make((?: --silent)?(?: [a-z-]+)+)", file.read_text(), re.M):
+            assert {*words.split()} - {"--silent"} <= targets, file.name
 
 
 MAIN = "github.ref == 'refs/heads/main'"
 READ = {"contents": "read"}
-PIPELINE = {  # job: what it may, what must have passed, and what it does beside setting up, and where
-    "test": (READ, [], [("make lint test", None)]),
-    "manifests": (READ, [], [("make manifests checkov", None)]),
+PIPELINE = {  # job: its permissions, the jobs it needs, and its steps but for setting up, each with its condition
+    "test": (READ, [], [("kubectl version --client", None), ("make lint test", None)]),
+    "checkov": (READ, [], [("make checkov", None)]),
     "image": (
         READ | dict.fromkeys(("packages", "id-token", "attestations", "artifact-metadata"), "write"),
-        ["test", "manifests"],
+        ["test", "checkov"],
         [
+            ("Name the image, in lower case as registries require", None),
             ("make image", None),
-            ("make image-scan", None),
-            ('make image-push >> "$GITHUB_OUTPUT"', MAIN),
-            ("make image-sign", MAIN),
+            ("Fail on serious vulnerabilities that have a fix", None),
+            ("Push the image with SBOM and provenance", MAIN),
+            ("Sign the image as this workflow", MAIN),
             ("actions/attest", MAIN),
         ],
     ),
-    "image-test": (READ, ["test", "manifests"], [("sudo make image-test", None)]),
+    "image-test": (READ, ["test", "checkov"], [("sudo make image-test", None)]),
     "end-to-end": (READ | {"packages": "read"}, ["image"], [("make end-to-end", None)]),
     "deploy": (
         {"contents": "write"},
-        ["test", "manifests", "image", "image-test", "end-to-end"],
-        [("make release-image", None), ("make push", None)],
+        ["test", "checkov", "image", "image-test", "end-to-end"],
+        [("Commit the digest", None), ("Push to main, on top of newer commits", None)],
     ),
 }
 SETTING_UP = ("checkout", "setup-", "login", "cosign-installer", "download-grype", "kind-action")
 
 
 def done_by(job: dict[str, Any]) -> list[tuple[str, str | None]]:
-    steps = [(step.get("run") or step["uses"].partition("@")[0], step.get("if")) for step in job["steps"]]
+    steps = [
+        (step.get("name") or step.get("run") or step["uses"].partition("@")[0], step.get("if")) for step in job["steps"]
+    ]
     return [(what, where) for what, where in steps if not any(word in what for word in SETTING_UP)]
 
 
@@ -638,9 +665,12 @@ def test_pipeline() -> None:
     for job in ("deploy", "end-to-end"):
         [digest] = each(jobs[job]["steps"], "DIGEST")
         assert digest == "${{ needs.image.outputs.digest }}"
-    makefile = (HERE / "Makefile").read_text()
-    assert "--fail-on high --only-fixed" in makefile
-    assert "--sbom=true --provenance=mode=max" in makefile
+    assert "--fail-on high --only-fixed" in step(
+        "ci-cd.yml", "image", "Fail on serious vulnerabilities that have a fix"
+    )
+    push = step("ci-cd.yml", "image", "Push the image with SBOM and provenance")
+    assert "OUTPUT=type=image,push=true,rewrite-timestamp=true" in push
+    assert "--sbom=true --provenance=mode=max" in push
 
 
 def test_release_of_a_model_by_hand() -> None:
@@ -649,7 +679,7 @@ def test_release_of_a_model_by_hand() -> None:
     [job] = workflow["jobs"].values()
     assert (job["permissions"], done_by(job)) == (
         {"contents": "write"},
-        [("make release-model", None), ("make push", None)],
+        [("make release-model", None), ("Push to main, on top of newer commits", None)],
     )
 
 
