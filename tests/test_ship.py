@@ -1,6 +1,7 @@
 """What ships: manifests, image and pipeline keep what they promise each other. Nothing here needs a cluster."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import numpy as np
 import pytest
 import yaml
 from webtest import TestApp
@@ -318,6 +320,22 @@ def test_guide_names_everything() -> None:
     assert [path for path in manifests if path not in guide] == []
     alerts = {*each(yaml.safe_load((K8S / "components/monitoring/rules.yaml").read_text()), "alert")}
     assert {*re.findall(r"^\| `(Fraud\w+)`", guide, re.M)} == alerts
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def test_guide_scales_by_what_was_measured(rendered: dict[str, Any]) -> None:
+    """A pod's requests/s are those at which the measured CPU reaches the autoscaler's target; pods follow from them."""
+    guide = " ".join((K8S / "README.md").read_text().split())
+    [(cores, rates)] = re.findall(r"Measured were (.*?) of a core at (.*?) requests/s", guide)
+    points = [sorted(map(number, re.findall(r"\d[\d,.]*\d", text))) for text in (cores, rates)]
+    [target] = each(rendered["HorizontalPodAutoscaler"], "averageUtilization")
+    table = re.findall(r"\| ([\d,]+) \w+/s(?: \([^|]*)? \| ([\d,]+) \w+/s: (\d+)", guide)
+    assert number(table[0][0]) == pytest.approx(np.interp(target / 100, *points), rel=0.01)
+    assert [math.ceil(number(wanted) / number(one)) for one, wanted, _ in table] == [int(pods) for *_, pods in table]
+    assert len(table) == 3
 
 
 # -- releases of a model -----------------------------------------------------------------------------------------------
