@@ -1,4 +1,4 @@
-"""What ships: manifests, image and pipeline keep what they promise each other. Nothing here needs a cluster."""
+"""Manifests, image, pipeline and scripts agree with each other and with the service. No cluster is needed."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from conftest import HERE, config, free_port
 
 K8S = HERE / "k8s"
 NAME = "app.kubernetes.io/name"
-# Whose schemas are not Kubernetes' own.
+# Kinds without a schema in Kubernetes itself.
 CUSTOM = {"HTTPRoute", "ServiceMonitor", "PrometheusRule", "AppProject", "Application"}
 KUBERNETES = "1.34"
 COMING_FROM = ("ingress", "monitoring")
@@ -34,7 +34,7 @@ DOCKERFILE = (HERE / "Dockerfile").read_text()
 
 
 def kustomize(folder: Path) -> list[dict[str, Any]]:
-    """What `kubectl apply -k` would apply."""
+    """The manifests that `kubectl apply -k` would apply."""
     command = next(
         ([*words] for words in (("kubectl", "kustomize"), ("kustomize", "build")) if shutil.which(words[0])), None
     )
@@ -46,7 +46,7 @@ def kustomize(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rendered() -> dict[str, dict[str, Any]]:
-    """Kind: the one manifest of it."""
+    """{kind: manifest}; there is one of each kind."""
     documents = kustomize(K8S)
     kinds = {document["kind"]: document for document in documents}
     assert len(kinds) == len(documents)
@@ -55,7 +55,7 @@ def rendered() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The same with both components added, as kustomization.yaml says."""
+    """The same with both components, added as kustomization.yaml says."""
     folder = shutil.copytree(K8S, tmp_path_factory.mktemp("k8s"), dirs_exist_ok=True)
     file = folder / "kustomization.yaml"
     file.write_text(file.read_text() + "components: [components/monitoring, components/httproute]\n")
@@ -81,13 +81,13 @@ def secrets() -> dict[str, str]:
     return dict(yaml.safe_load((K8S / "secret.example.yaml").read_text())["stringData"])
 
 
-def taken(rendered: dict[str, Any]) -> Config:
-    """What the service makes of it."""
+def read_config(rendered: dict[str, Any]) -> Config:
+    """The configuration that the service reads from ConfigMap and Secret."""
     return Config.from_environ(settings(rendered) | secrets() | {"API_KEYS": "k3y"})
 
 
 def each(value: object, key: str) -> Iterator[Any]:
-    """Everything under this key, however deep."""
+    """Every value under this key, at any depth."""
     if isinstance(value, dict):
         if key in value:
             yield value[key]
@@ -102,7 +102,7 @@ def each(value: object, key: str) -> Iterator[Any]:
 
 
 def test_schemas(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
-    """Kubernetes' own schemas, with no field that they do not know; what is not Kubernetes' is in no other's folder."""
+    """Every manifest fits the schema of its kind, without unknown fields; other kinds are not applied by default."""
     by_hand = [yaml.safe_load(path.read_text()) for path in (K8S / "argocd").glob("*.yaml")]
     secret = yaml.safe_load((K8S / "secret.example.yaml").read_text())
     for document in [*rendered.values(), *extended.values(), *by_hand, secret]:
@@ -115,21 +115,21 @@ def test_schemas(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
 
 
 def test_settings(rendered: dict[str, Any]) -> None:
-    """ConfigMap and Secret have every variable once, secrets in the Secret; the service takes them as they are."""
+    """ConfigMap and Secret set every variable once, secrets in the Secret, to values that the service accepts."""
     secret = {item.name.upper() for item in fields(Config) if item.metadata["secret"]}
     assert {*secrets()} == secret
     assert {*settings(rendered)} == {item.name.upper() for item in fields(Config)} - secret
-    with pytest.raises(ConfigError, match="API_KEYS"):  # the example is no key
+    with pytest.raises(ConfigError, match="API_KEYS"):  # the placeholder is not a key
         Config.from_environ(settings(rendered) | secrets())
-    found, usual = taken(rendered), config(api_keys="k3y")
+    found, usual = read_config(rendered), config(api_keys="k3y")
     differs = {item.name: getattr(found, item.name) for item in fields(Config)}
     differs = {name: value for name, value in differs.items() if value != getattr(usual, name)}
-    assert re.fullmatch(r"models:/[\w-]+/\d+", differs.pop("model_uri")), "a number, which a commit changes; no alias"
+    assert re.fullmatch(r"models:/[\w-]+/\d+", differs.pop("model_uri")), "a number that a commit changes, not an alias"
     assert {*differs} == {"mlflow_tracking_uri", "mlflow_s3_endpoint_url", "host"}
 
 
 def test_settings_reach_the_pod(rendered: dict[str, Any], container: dict[str, Any]) -> None:
-    """By the generated name, so that a changed setting rolls the Deployment."""
+    """The pod refers to the ConfigMap by its generated name, so that changing a setting starts a rollout."""
     name = rendered["ConfigMap"]["metadata"]["name"]
     assert re.fullmatch(r"fraud-api-[a-z0-9]{10}", name)
     assert container["envFrom"] == [{"configMapRef": {"name": name}}, {"secretRef": {"name": "fraud-api"}}]
@@ -147,7 +147,7 @@ def test_probes_are_routes(container: dict[str, Any], app: TestApp) -> None:
 
 
 def test_public_paths_are_routes(rendered: dict[str, Any], extended: dict[str, Any], app: TestApp) -> None:
-    """Ingress and HTTPRoute let the same through: all that there is but metrics."""
+    """Ingress and HTTPRoute open the same paths: all routes except /metrics."""
     [ingress] = each(rendered["Ingress"], "paths")
     [matches] = each(extended["HTTPRoute"], "matches")
     paths = [(path["path"], path["pathType"].removesuffix("Prefix")) for path in ingress]
@@ -161,7 +161,7 @@ def test_public_paths_are_routes(rendered: dict[str, Any], extended: dict[str, A
 
 
 def test_ports_agree(rendered: dict[str, Any], extended: dict[str, Any], container: dict[str, Any]) -> None:
-    """One number, in the settings; one name everywhere else."""
+    """The port's number is in the settings; everything else uses its name."""
     [port] = container["ports"]
     assert (port["name"], str(port["containerPort"])) == ("http", settings(rendered)["PORT"])
     [service] = rendered["Service"]["spec"]["ports"]
@@ -179,7 +179,7 @@ def test_ports_agree(rendered: dict[str, Any], extended: dict[str, Any], contain
 
 
 def test_egress_is_what_the_settings_name(rendered: dict[str, Any]) -> None:
-    """DNS, and of the registry and the store the very namespaces, pods and ports that their addresses are."""
+    """DNS, and the namespaces, pods and ports in the addresses of MLflow and the object store."""
     allowed = set()
     for rule in rendered["NetworkPolicy"]["spec"]["egress"]:
         [peer] = rule["to"]
@@ -198,8 +198,8 @@ def test_egress_is_what_the_settings_name(rendered: dict[str, Any]) -> None:
 
 
 def test_times_nest(rendered: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
-    """A pod has time to stop, a start has time to fail by itself, and nothing busy is taken for dead."""
-    found = taken(rendered)
+    """A pod has time to stop, a failing start exits by itself first, and a busy pod is not restarted."""
+    found = read_config(rendered)
     before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] >= before + found.graceful_timeout + 5
     assert found.drain_seconds + 2 <= found.graceful_timeout
@@ -224,7 +224,7 @@ def test_selectors_match(rendered: dict[str, Any], extended: dict[str, Any], pod
     assert monitored.items() <= rendered["Service"]["metadata"]["labels"].items()
     target = rendered["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", rendered["Deployment"]["metadata"]["name"])
-    assert "replicas" not in rendered["Deployment"]["spec"], "they are the HorizontalPodAutoscaler's"
+    assert "replicas" not in rendered["Deployment"]["spec"], "the HorizontalPodAutoscaler owns them"
     assert (
         rendered["HorizontalPodAutoscaler"]["spec"]["minReplicas"]
         > rendered["PodDisruptionBudget"]["spec"]["maxUnavailable"]
@@ -237,7 +237,7 @@ def test_image_is_a_digest(container: dict[str, Any]) -> None:
 
 
 def test_nothing_is_root(rendered: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
-    """The restricted Pod Security Standard and more; the user is the image's."""
+    """The restricted Pod Security Standard and more; the user is that of the image."""
     assert pod["securityContext"] == {
         "runAsNonRoot": True,
         "runAsUser": 10001,
@@ -257,7 +257,7 @@ def test_nothing_is_root(rendered: dict[str, Any], pod: dict[str, Any], containe
 
 
 def test_memory(rendered: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
-    """Where the service writes is memory, and the container has room for it."""
+    """The service writes to memory, and the container's limit includes it."""
     [mount], [volume] = container["volumeMounts"], pod["volumes"]
     assert (mount["name"], mount["mountPath"]) == (volume["name"], settings(rendered)["MEMORY_DIR"])
     assert volume["emptyDir"]["medium"] == "Memory"
@@ -267,7 +267,7 @@ def test_memory(rendered: dict[str, Any], pod: dict[str, Any], container: dict[s
 
 
 def test_scaling(rendered: dict[str, Any], container: dict[str, Any]) -> None:
-    """By a share of what is requested; up faster than down; and a node can always be drained."""
+    """Scale by the share of the requested CPU, up faster than down; a node can always be drained."""
     scaler, budget = (rendered[kind]["spec"] for kind in ("HorizontalPodAutoscaler", "PodDisruptionBudget"))
     assert container["resources"]["requests"]["cpu"] == "1"
     [metric] = scaler["metrics"]
@@ -291,7 +291,7 @@ def test_ingress_is_encrypted(rendered: dict[str, Any]) -> None:
 
 
 def test_argo_cd(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
-    """The project lets in what there is and no more; the application is of that project, repository and namespace."""
+    """The project allows exactly the kinds in k8s/; the application uses its project, repository and namespace."""
     project, application = (
         yaml.safe_load((K8S / f"argocd/{name}.yaml").read_text()) for name in ("project", "application")
     )
@@ -314,7 +314,7 @@ def test_argo_cd(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
 
 
 def test_guide_names_everything() -> None:
-    """The guide to the cluster has every manifest in it and, in its run book, every alert."""
+    """k8s/README.md names every manifest and, in its run book, every alert."""
     guide = (K8S / "README.md").read_text()
     manifests = [path.relative_to(K8S).as_posix() for path in K8S.rglob("*") if path.suffix in (".yaml", ".env")]
     assert [path for path in manifests if path not in guide] == []
@@ -341,25 +341,25 @@ def test_guide_scales_by_what_was_measured(rendered: dict[str, Any]) -> None:
 # -- releases of a model -----------------------------------------------------------------------------------------------
 
 
-def at(folder: Path, **environ: str) -> dict[str, str]:
-    """An environment with nobody's settings of Git, in which somebody commits."""
+def environment(folder: Path, **environ: str) -> dict[str, str]:
+    """An environment with an author, and without the settings of Git on this machine."""
     author = {f"GIT_{who}_{what}": "x@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     return {"PATH": os.environ["PATH"], "HOME": str(folder)} | author | environ
 
 
 def git(folder: Path, *words: str) -> str:
     return subprocess.run(
-        ["git", *words], cwd=folder, env=at(folder), capture_output=True, text=True, check=True
+        ["git", *words], cwd=folder, env=environment(folder), capture_output=True, text=True, check=True
     ).stdout
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A repository with what a release touches."""
+    """A repository with the files that a release changes."""
     folder = tmp_path / "checkout"
     shutil.copytree(K8S, folder / "k8s")
     shutil.copy(HERE / "Makefile", folder)
-    file = folder / "k8s/service.env"  # whatever has been released here
+    file = folder / "k8s/service.env"  # independent of the version that is released here
     file.write_text(re.sub("(?m)^MODEL_URI=.*$", "MODEL_URI=models:/fraud-detector/1", file.read_text()))
     git(tmp_path, "init", "-q", "checkout")
     git(folder, "add", "-A")
@@ -368,12 +368,12 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    environ = at(folder, **environ)
+    environ = environment(folder, **environ)
     return subprocess.run(["make", *words], cwd=folder, env=environ, capture_output=True, text=True, check=False)
 
 
 def test_model_release(checkout: Path) -> None:
-    """A number is committed, alone, with its reason; it rolls the Deployment, and `git revert` takes it back."""
+    """The commit changes the number and nothing else, which starts a rollout; `git revert` goes back."""
     before = kustomize(checkout / "k8s")
     assert make(checkout, "release-model", "VERSION=7").returncode == 0
     assert git(checkout, "log", "-1", "--format=%s").strip() == "Release fraud-detector 7"
@@ -399,7 +399,7 @@ def test_model_release_of_no_number(checkout: Path, version: str) -> None:
 
 
 def test_model_release_is_of_nothing_else(checkout: Path) -> None:
-    """What else is staged or changed stays out of the commit; releasing what is released is no commit."""
+    """Other changes, staged or not, stay out of the commit; releasing the same version again makes no commit."""
     (checkout / "Makefile").write_text((checkout / "Makefile").read_text() + "# more\n")
     git(checkout, "add", "Makefile")
     assert make(checkout, "release-model", "VERSION=7").returncode == 0
@@ -424,7 +424,7 @@ def step(workflow: str, job: str, name: str) -> str:
 
 def run_step(folder: Path, commands: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run them as GitHub's runners do."""
-    words, environ = ["bash", "-e", "-c", commands], at(folder, **environ)
+    words, environ = ["bash", "-e", "-c", commands], environment(folder, **environ)
     return subprocess.run(words, cwd=folder, env=environ, capture_output=True, text=True, check=False)
 
 
@@ -483,13 +483,13 @@ def test_push_comes_after_what_others_pushed(checkout: Path, tools: str, tmp_pat
 
 
 def copied() -> set[str]:
-    """What the Dockerfile takes from the folder."""
+    """The files that the Dockerfile copies from the folder."""
     lines = re.findall(r"^COPY (?!--from)(.*) \./$", DOCKERFILE, re.M)
     return {name for line in lines for name in line.split()}
 
 
 def test_image_has_what_the_service_is() -> None:
-    """Every module that serves and every file it reads, and nothing that only trains or tests."""
+    """The image has the modules that serve and the files they read, and none that only train or test."""
     modules, seen = {"gunicorn.conf.py"}, set()
     while modules - seen:
         name = (modules - seen).pop()
@@ -671,15 +671,15 @@ def done_by(job: dict[str, Any]) -> list[tuple[str, str | None]]:
 
 
 def test_pipeline() -> None:
-    """Tests on every Python that is supported; only what all of it has passed, on main, is deployed, one at a time."""
+    """Tests run on every supported Python; deploy runs on main, after all other jobs, one at a time."""
     workflow = yaml.safe_load((HERE / ".github/workflows/ci-cd.yml").read_text())
     jobs = workflow["jobs"]
     assert {name: (job["permissions"], job.get("needs", []), done_by(job)) for name, job in jobs.items()} == PIPELINE
     assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13", "3.14"]
     assert jobs["deploy"]["if"] == f"github.event_name == 'push' && {MAIN}"
     assert jobs["deploy"]["concurrency"] == {"group": "deploy", "cancel-in-progress": False}
-    ignored = workflow[True]["push"]["paths-ignore"]  # YAML 1.1 takes `on` for true
-    assert {"k8s/kustomization.yaml", "k8s/service.env"} <= {*ignored}, "what a release commits starts no build"
+    ignored = workflow[True]["push"]["paths-ignore"]  # YAML 1.1 reads `on` as true
+    assert {"k8s/kustomization.yaml", "k8s/service.env"} <= {*ignored}, "the commit of a release starts no build"
     for job in ("deploy", "end-to-end"):
         [digest] = each(jobs[job]["steps"], "DIGEST")
         assert digest == "${{ needs.image.outputs.digest }}"
