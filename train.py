@@ -82,7 +82,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # before the libraries are imported: they read the environment then
-    options, config = arguments(), prepare("train", every_core=True)
+    options, config = arguments(), prepare("train")
 
 import base64
 import hashlib
@@ -702,7 +702,7 @@ def metadata(
     scores = model.predict_proba(rows)[:, 1]
     chosen = np.argsort(scores)[np.linspace(0, len(scores) - 1, GOLDEN_ROWS).astype(int)]
     golden = [Golden(**rows.iloc[index].to_dict(), fraud_probability=float(scores[index])) for index in chosen]
-    return Metadata(threshold, golden, measured or {}, reference)
+    return Metadata(golden=golden, threshold=threshold, metrics=measured or {}, reference=reference)
 
 
 def deciles(scores: Floats) -> list[float]:

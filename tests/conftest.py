@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, export
 
 HERE = Path(__file__).parent.parent
 BASE_ENVIRON = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # a registry that nobody runs
-Config.from_environ(BASE_ENVIRON).export()  # before anything imports MLflow or NumPy
+export()  # before anything imports MLflow or NumPy
 
 import mlflow
 import pytest
