@@ -101,8 +101,8 @@ def post_worker_init(worker):
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000)  # with the default of 700, collections take 3 % of a stream's time and free nothing
-    worker.log.output.start()
     worker.log.info("Worker ready %.2f s after the fork", time.monotonic() - worker.born)
+    worker.log.output.start()
     worker.ready[0] = 1
     os.kill(worker.ppid, signal.SIGCHLD)  # wakes the master
 

@@ -319,10 +319,10 @@ class Supervisor:
         """One by one, start a worker that serves the new version, and when it is ready let the oldest worker stop."""
         announce(self.log, "proven, replacing workers for", found)
         fraud_api.snapshot, workers = found, self.server.WORKERS
-        while any(worker.snapshot is not fraud_api.snapshot for worker in workers.values()):
+        while any(worker.snapshot is not (wanted := fraud_api.snapshot) for worker in workers.values()):
             self.server.num_workers += 1  # gunicorn starts one more, and below it stops the oldest
             try:
-                while len(workers) < self.server.num_workers or not all(worker.ready[0] for worker in workers.values()):
+                while wanted is fraud_api.snapshot and not self.all_ready():
                     yield
                     self.kill_hanging()
             finally:
@@ -332,6 +332,10 @@ class Supervisor:
         if fraud_api.snapshot is found:
             self.served = found
             announce(self.log, "serving", found)
+
+    def all_ready(self) -> bool:
+        workers = self.server.WORKERS
+        return len(workers) >= self.server.num_workers and all(worker.ready[0] for worker in workers.values())
 
     def kill_hanging(self) -> None:
         """A worker that does not come up in time ends; `lost` then goes back to the version before."""
