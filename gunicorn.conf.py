@@ -18,6 +18,8 @@ sys.dont_write_bytecode = True  # the service writes no file to any disk
 from config import LOOPBACK_ONLY, prepare
 
 started = time.monotonic()
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # until gunicorn has its own handlers
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
 settings = prepare("fraud-api")
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection takes a descriptor
@@ -59,9 +61,11 @@ def on_starting(server):
         server.folder = new_folder(settings.memory_dir)
         seconds = settings.model_load_timeout - (time.monotonic() - started)
         fraud_api.snapshot = acquire(settings, server.folder, seconds)
-    except ModelError as error:
-        server.log.critical("cannot serve %s", error)
+    except BaseException as error:
         on_exit(server)
+        if not isinstance(error, ModelError):
+            raise
+        server.log.critical("cannot serve %s", error)
         sys.exit(1)
     processes.announce(server.log, "serving", fraud_api.snapshot)
     server.supervisor = processes.Supervisor(server, settings, server.folder)

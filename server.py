@@ -64,8 +64,10 @@ class Connection(socket.socket):
         try:
             return super().recv(size, flags | socket.MSG_DONTWAIT)
         except BlockingIOError:
+            if flags:  # not from gunicorn
+                raise
             self.worker.leave_place()
-            return super().recv(size, flags)
+            return super().recv(size)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         sent = 0
@@ -235,8 +237,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         super().run()
-        for conn in list(self.active):  # out of time: its thread would hold up the exit
+        for conn in list(self.active):  # out of time
             cut(conn.sock)
+        self.tpool.shutdown()
 
 
 def bytes_moved(connection: socket.socket) -> float:

@@ -100,4 +100,4 @@ def test_clients_that_never_finish(champion: str) -> None:
         assert "Traceback" not in service.log
         known = [(line["path"], line["status"], "rows" in line) for line in service.requests]
         assert known.count(("/predict/batch", 200, True)) == 1
-        assert known.count(("/predict", 499, False)) == 1
+        assert known.count(("/predict", 400, False)) >= 1
