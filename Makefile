@@ -73,7 +73,7 @@ test: install ## run all tests, most of them two at a time
 	$(BIN)/python -m pytest -m alone
 
 .PHONY: chaos
-chaos: install ## kill, cut off, overload and confuse it for 5 minutes and write what was lost into README.md
+chaos: install ## kill, cut off, overload and confuse it for 10 minutes and write what was lost into README.md
 	$(BIN)/python -m pytest --quiet --capture=sys --chaos 25
 
 .PHONY: lint

@@ -250,9 +250,9 @@ def test_the_master_has_one_thread(service: Service) -> None:
 
 def test_no_registry() -> None:
     """Nobody listens: one line, well before the deadline."""
-    status, seconds, lines = failure("http://127.0.0.1:9")
+    status, seconds, lines = failure("http://127.0.0.1:9", model_load_timeout="120")
     assert status == 1
-    assert seconds < 30  # MODEL_LOAD_TIMEOUT
+    assert seconds < 60
     assert len(lines) == 1
     assert re.match(r"cannot serve models:/fraud-detector@champion at http://127.0.0.1:9: .*refused", lines[0])
 
@@ -271,7 +271,7 @@ def test_silent_registry(silent_server: str) -> None:
     status, seconds, lines = failure(silent_server, model_load_timeout="4")
     reason = "not loaded within 4 s (MODEL_LOAD_TIMEOUT)"
     assert (status, lines) == (1, [f"cannot serve models:/{NAME}@champion at {silent_server}: {reason}"])
-    assert seconds < 4 + 10  # a margin for a busy machine
+    assert seconds < 30  # the default
 
 
 def test_missing_alias(champion: str, tmp_path: Path) -> None:
