@@ -97,6 +97,9 @@ _TRUSTED = {
 TRUSTED_TYPES = {f"{module}.{name}" for module, names in _TRUSTED.items() for name in names.split()}
 
 
+STOPS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
+
+
 class ModelError(Exception):
     """The model cannot be served; the message is one sentence that says why."""
 
@@ -623,7 +626,9 @@ class ModelFetcher:
     def __init__(self, config: Config, folder: Path, seconds: float, served: Snapshot | None = None) -> None:
         self.config, self.deadline = config, time.monotonic() + seconds
         self.reader, writer = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # an exception raised amid the fork would be lost
         self.child = os.fork()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         if not self.child:
             _answer(config, folder / str(time.monotonic_ns()), seconds, served, writer)
         os.close(writer)

@@ -155,14 +155,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def refuse(self, conn: TConn) -> None:
         """Answer 503 and close; but health checks are always answered, or a busy service would be restarted."""
-        with suppress(OSError):
+        begun = b""
+        with suppress(OSError):  # nothing has come yet
             if conn.sock.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT).startswith(b"GET /health"):
                 self.begin(conn)
                 return
-            conn.sock.recv(2**16, socket.MSG_DONTWAIT)  # closing a socket with unread data would reset it
-            self.handle_error(None, conn.sock, conn.client, Overloaded())
+            begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
+        self.handle_error(None, conn.sock, conn.client, Overloaded())
         self.nr_conns -= 1
-        conn.close()
+        if 0 < len(begun) < 2**16:
+            conn.close()
+        else:  # more is to come, and would reset the connection before the answer is read
+            self.tpool.submit(util.close_graceful, conn.sock)
 
     def handle(self, conn: TConn) -> bool:
         """In a thread: handle a request, and those that the client has sent behind it without waiting."""

@@ -34,7 +34,7 @@ from fraud_api import create_app
 from model import Model, Snapshot, acquire, load
 
 NAME = "fraud-detector"
-TABLE = 8  # rows that `make chaos` writes
+TABLE = 13  # rows that `make chaos` writes
 TRANSACTION = {
     "transaction_id": "tx_12345",
     "amount": 150.50,
@@ -59,7 +59,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain until {what}"

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,22 +23,23 @@ def test_kills_without_a_registry(champion: str, model: Model, chaos: Chaos) -> 
     Clients do not try again. Every failure is of a request that was under way when a worker was killed.
     """
     relay = Relay(champion)
-    kills: list[float] = []
+    kills: list[tuple[float, float]] = []  # from the signal until the process is gone
     with running(relay.url, model_poll_seconds="1", web_concurrency="2") as service:
         relay.silent = True
         with Load(service.port, TRANSACTION, clients=8) as load:
             for number in chaos.rounds("workers killed without a registry"):
                 load.wait_for(100)
-                kills.append(time.monotonic())
-                victim = random.choice(service.workers())
+                victim, killed = random.choice(service.workers()), time.monotonic()
                 os.kill(victim, signal.SIGABRT if number % 3 else signal.SIGKILL)
+                wait_until(lambda victim=victim: not Path(f"/proc/{victim}").exists(), "the worker is gone")
+                kills.append((killed, time.monotonic()))
                 wait_until(lambda: service.log.count("Worker ready") == 2 + len(kills), "the worker is replaced")
                 if number == 1:
                     relay.cut()
         assert service.popen.poll() is None
         service.post("/predict", TRANSACTION)
-    lost = [answer for answer in load.lost if not any(answer.started - 0.1 <= kill <= answer.ended for kill in kills)]
-    assert lost == []
+    for answer in load.lost:
+        assert any(answer.started <= gone and killed <= answer.ended for killed, gone in kills), answer
     assert len(load.lost) <= 8 * len(kills)
     assert {answer.model for answer in load.answers if answer.model} == expected(model)
     chaos.report(

@@ -211,7 +211,8 @@ def test_error_amid_a_stream(champion: str) -> None:
             assert not rest.endswith(b"0\r\n\r\n")
         assert service.post("/predict", TRANSACTION)["fraud_probability"] == 0.14
         assert service.workers() == workers
-        assert len(re.findall(r"request \w+ failed: RuntimeError\n  File ", service.log)) == 3
+        failed = re.compile(r"request \w+ failed: RuntimeError\n  File ")
+        wait_until(lambda: len(failed.findall(service.log)) == 3, "each is in the log")
         assert "grocery_stores" not in service.log
 
 
@@ -251,9 +252,9 @@ def test_the_master_has_one_thread(service: Service) -> None:
 
 def test_no_registry() -> None:
     """Nobody listens: one line, well before the deadline."""
-    status, seconds, lines = failure("http://127.0.0.1:9")
+    status, seconds, lines = failure("http://127.0.0.1:9", model_load_timeout="120")
     assert status == 1
-    assert seconds < 30  # MODEL_LOAD_TIMEOUT
+    assert seconds < 60
     assert len(lines) == 1
     assert re.match(r"cannot serve models:/fraud-detector@champion at http://127.0.0.1:9: .*refused", lines[0])
 
@@ -272,7 +273,7 @@ def test_silent_registry(silent_server: str) -> None:
     status, seconds, lines = failure(silent_server, model_load_timeout="4")
     reason = "not loaded within 4 s (MODEL_LOAD_TIMEOUT)"
     assert (status, lines) == (1, [f"cannot serve models:/{NAME}@champion at {silent_server}: {reason}"])
-    assert seconds < 4 + 10  # a margin for a busy machine
+    assert seconds < 30  # the default
 
 
 def test_missing_alias(champion: str, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_drain(champion: str) -> None:
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"\r\nConnection: close\r\n" in answer
         assert answer.endswith(b"}")
-        assert service.wait(20) == 0
+        assert service.wait(30) == 0
         assert "ERROR" not in service.log
 
 
@@ -96,7 +96,7 @@ def test_clients_that_never_finish(champion: str) -> None:
             lines.recv(1)  # the first answers
             wait_until(lambda: get(f"{service.url}/health/live") == 200, "it serves")
             service.popen.send_signal(signal.SIGTERM)
-            assert service.wait(3 + 7) == 0  # GRACEFUL_TIMEOUT, and a margin for a busy machine
+            assert service.wait(30) == 0  # GRACEFUL_TIMEOUT and a margin for a busy machine
         assert "Traceback" not in service.log
         known = [(line["path"], line["status"], "rows" in line) for line in service.requests]
         assert known.count(("/predict/batch", 200, True)) == 1
