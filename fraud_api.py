@@ -2,14 +2,11 @@
 
 import errno
 import hmac
-import json
 import logging
 import re
 import sys
 import threading
-import time
 import traceback
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -35,7 +32,8 @@ JSON = "application/json"
 NDJSON = "application/x-ndjson"
 PROBLEM = "application/problem+json"
 HERE = Path(__file__).parent
-INLINE = re.compile(rb"<(style|script)>(.*?)</", re.S)
+OK = b'{"status":"ok"}'
+SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 # A stream is read in pieces that grow from the first size to the last, so that the first answers come at once.
 FIRST_READ, LAST_READ = 2**10, 2**17
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -92,12 +90,6 @@ class Predictions(msgspec.Struct, frozen=True):
 
     predictions: list[Prediction]
     errors: list[Problem]
-
-
-class Status(msgspec.Struct, frozen=True):
-    """The answer of a probe."""
-
-    status: str = "ok"
 
 
 class Identified(msgspec.Struct, frozen=True):
@@ -328,101 +320,39 @@ class PredictBatch:
             raise ConnectionResetError(errno.ECONNRESET, "the stream failed") from None  # gunicorn closes it quietly
 
 
-class Open:
-    """A resource that needs no key. It answers HEAD as GET; gunicorn leaves out the body."""
+class Get:
+    """A resource that needs no key. HEAD is answered like GET; gunicorn leaves out the body."""
 
     open = True
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        raise NotImplementedError
-
-    def on_head(self, req: falcon.Request, resp: falcon.Response) -> None:
-        self.on_get(req, resp)
-
-
-class Health(Open):
-    """`GET /health`: what is served. Without a key, no more than its name and version."""
-
-    def __init__(self, model: Model, keys: "Keys") -> None:
-        self.model, self.keys, self.started = model, keys, time.monotonic()
+    def __init__(self, render: Callable[[falcon.Request], bytes], media_type: str = JSON) -> None:
+        self.render, self.media_type = render, media_type
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        facts = {"status": "ok", **self.model.facts(), "uptime_seconds": round(time.monotonic() - self.started, 3)}
-        if self.keys.client(req.auth) is None:
-            facts = {name: facts[name] for name in ("status", "model_name", "model_version")}
-        resp.data = encode(facts)
+        resp.content_type, resp.data = self.media_type, self.render(req)
+        resp.set_headers(SAFE)
+
+    on_head = on_get
 
 
-class Live(Open):
-    """`GET /health/live` touches nothing."""
+class Probes:
+    """What `/health` and `/health/ready` answer."""
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.data = encode(Status())
+    def __init__(self, model: Model, keys: "Keys", stopping: Sequence[int]) -> None:
+        self.model, self.keys, self.stopping = model, keys, stopping
 
+    def health(self, req: falcon.Request) -> bytes:
+        """What is served. Without a key, no more than its name and version."""
+        facts = {"status": "ok", **self.model.facts()}
+        known = self.keys.client(req.auth) is not None
+        return encode(facts if known else {name: facts[name] for name in ("status", "model_name", "model_version")})
 
-class Ready(Open):
-    """`GET /health/ready` scores a row."""
-
-    def __init__(self, model: Model, stopping: Sequence[int]) -> None:
-        self.model, self.stopping = model, stopping
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def ready(self, req: falcon.Request) -> bytes:
+        """Whether this worker can score: it scores a row."""
         if self.stopping[0]:
             raise falcon.HTTPServiceUnavailable(description="the service is stopping")
-        try:
-            self.model.score(self.model.metadata.golden[:1])
-        except Exception:
-            log.exception("the model does not score")
-            raise falcon.HTTPServiceUnavailable(description="this worker cannot score") from None
-        resp.data = encode(Status())
-
-
-class Scrape(Open):
-    """`GET /metrics`"""
-
-    def __init__(self, model: Model, metrics: Metrics) -> None:
-        self.model, self.metrics = model, metrics
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.content_type, resp.data = CONTENT_TYPE_PLAIN_0_0_4, self.metrics.text(self.model)
-
-
-class Document(Open):
-    """`GET /`, `/openapi.json`, `/version`: what is the same as long as the worker lives."""
-
-    def __init__(self, body: bytes, media_type: str, **headers: str) -> None:
-        self.body, self.media_type = body, media_type
-        self.headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"} | headers
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.content_type, resp.data = self.media_type, self.body
-        resp.set_headers(self.headers)
-
-
-def policy(page: bytes) -> str:
-    """Let a page run its own script, have its own style and ask this service, and nothing else (W3C CSP, level 3)."""
-    digests = {tag: b64encode(sha256(text).digest()).decode() for tag, text in re.findall(INLINE, page)}
-    own = "; ".join(f"{tag.decode()}-src 'sha256-{digest}'" for tag, digest in digests.items())
-    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return f"default-src 'none'; {own}; {rest}"
-
-
-def openapi(config: Config) -> bytes:
-    """OpenAPI 3.1: paths as in openapi.json, and the schemas that requests and answers are made with."""
-    document = json.loads(HERE.joinpath("openapi.json").read_bytes())
-    types = (Transaction, Batch, Prediction, Predictions, Problem, Status)
-    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    document["components"]["schemas"] = schemas
-    for path in ("/predict", "/predict/batch"):
-        document["paths"][path]["post"]["security"] = [{"key": []}] if config.api_keys else []
-    return encode(document)
-
-
-def version() -> bytes:
-    """What the image build has written (https://github.com/mozilla-services/Dockerflow)."""
-    with suppress(FileNotFoundError):
-        return HERE.joinpath("version.json").read_bytes()
-    return encode(dict.fromkeys(("source", "version", "commit", "build"), ""))
+        self.model.score(self.model.metadata.golden[:1])
+        return OK
 
 
 # -- every request -----------------------------------------------------------------------------------------------------
@@ -524,17 +454,20 @@ def create_app(
     When `stopping[0]` is true it is not ready, and it calls `close` for every answer: the connection then ends with it.
     """
     metrics, keys = metrics or Metrics(), Keys(config.api_keys or ())
-    predictor, page = Predictor(model, metrics), HERE.joinpath("page.html").read_bytes()
+    predictor, probes = Predictor(model, metrics), Probes(model, keys, stopping)
+    page, openapi, version = (
+        HERE.joinpath(name).read_bytes() for name in ("page.html", "openapi.json", "version.json")
+    )
     routes = {
-        "/": Document(page, "text/html; charset=utf-8", **{"Content-Security-Policy": policy(page)}),
+        "/": Get(lambda _: page, "text/html; charset=utf-8"),
         "/predict": Predict(config, predictor),
         "/predict/batch": PredictBatch(config, predictor),
-        "/health": Health(model, keys),
-        "/health/live": Live(),
-        "/health/ready": Ready(model, stopping),
-        "/metrics": Scrape(model, metrics),
-        "/openapi.json": Document(openapi(config), JSON),
-        "/version": Document(version(), JSON),
+        "/health": Get(probes.health),
+        "/health/live": Get(lambda _: OK),
+        "/health/ready": Get(probes.ready),
+        "/metrics": Get(lambda _: metrics.text(model), CONTENT_TYPE_PLAIN_0_0_4),
+        "/openapi.json": Get(lambda _: openapi),
+        "/version": Get(lambda _: version),
     }
     app = falcon.App(media_type=JSON, middleware=[Middleware(model, keys, stopping, close)])
     for path, resource in routes.items():

@@ -282,24 +282,6 @@ class PipelineScorer(Scorer):
         return np.asarray(self.estimator.predict_proba(frame(columns)), dtype=np.float64)[:, 1]
 
 
-class PyFuncScorer(Scorer):
-    """Any other MLflow model, through `predict`. Raises `ValueError` where it gives no probabilities."""
-
-    name = "pyfunc"
-
-    def __init__(self, pyfunc: Any) -> None:
-        self.pyfunc = pyfunc
-
-    def __call__(self, columns: Columns) -> Floats:
-        output = np.asarray(self.pyfunc.predict(frame(columns)))
-        if output.dtype.kind != "f":
-            raise ValueError(f"it gives {output.dtype} labels, not probabilities")
-        output = output[:, 1] if output.ndim == 2 and output.shape[1] == 2 else output
-        if output.shape != (len(columns[0]),) or not np.all((output >= 0) & (output <= 1)):
-            raise ValueError("it does not give one probability from 0 to 1 for each row")
-        return output.astype(np.float64)
-
-
 class LeafMaskScorer(Scorer):
     """A tree ensemble behind a ColumnTransformer that encodes the category and passes the numbers through.
 
@@ -548,7 +530,7 @@ def load(snapshot: Snapshot, config: Config) -> Model:
         metadata = msgspec.convert(pyfunc.metadata.metadata or {}, Metadata)
     except msgspec.ValidationError as error:
         raise ModelError(f"the model's metadata does not fit: {error}") from None
-    scorer = choose_scorer(pyfunc, metadata.golden)
+    scorer = choose_scorer(pyfunc.get_raw_model(), metadata.golden)
     _check_golden(scorer, metadata.golden)
     return Model(snapshot, metadata, scorer, config.fraud_threshold, time.monotonic() - started)
 
@@ -571,35 +553,25 @@ def _check_golden(scorer: Scorer, golden: Sequence[Golden]) -> None:
         )
 
 
-def choose_scorer(pyfunc: Any, golden: Sequence[Golden]) -> Scorer:
+def choose_scorer(estimator: Any, golden: Sequence[Golden]) -> Scorer:
     """The leaf masks, if they agree with the pipeline on golden and generated rows; else the pipeline itself."""
-    if pyfunc.loader_module != mlflow.sklearn.__name__:
-        return _checked(PyFuncScorer(pyfunc), golden, of_labels=True)
-    estimator, started = pyfunc.get_raw_model(), time.perf_counter()
-    direct = _checked(PipelineScorer(estimator), golden)
+    pipeline, started = PipelineScorer(estimator), time.perf_counter()
+    try:
+        pipeline(columns_of([*golden, *_probes([])]))
+    except ValueError as error:
+        raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
     try:
         masks = LeafMaskScorer(estimator)
         seconds, size = time.perf_counter() - started, sum(table.nbytes for table in masks.tables)
         columns = columns_of([*golden, *_probes([*masks.categories])])
-        gap = np.abs(masks(columns) - direct(columns)).max()
+        gap = np.abs(masks(columns) - pipeline(columns)).max()
         if gap <= LEAF_MASK_TOLERANCE:
             log.info("leaf masks of %d trees: %.1f MB, %.2f s", len(masks.offsets), size / 2**20, seconds)
             return masks
         log.warning("no leaf masks: they differ from predict_proba by %.3g", gap)
     except Exception as error:  # the pipeline scores every model
         log.info("no leaf masks: %s", error)
-    return direct
-
-
-def _checked(scorer: Scorer, golden: Sequence[Golden], of_labels: bool = False) -> Scorer:
-    """`scorer`, if it gives probabilities for known, unknown and extreme rows."""
-    try:
-        found = scorer(columns_of([*golden, *_probes([])]))
-    except ValueError as error:
-        raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
-    if of_labels and np.all((found == 0) | (found == 1)):
-        raise ModelError("the model gives labels, not probabilities; log it with pyfunc_predict_fn='predict_proba'")
-    return scorer
+    return pipeline
 
 
 def _probes(categories: Sequence[str]) -> list[Features]:
@@ -633,18 +605,17 @@ class ModelFetcher:
             _answer(config, folder / str(time.monotonic_ns()), seconds, served, writer)
         os.close(writer)
 
-    def ready(self) -> bool:
-        """Whether `result` returns at once."""
-        return bool(select.select([self.reader], [], [], 0)[0]) or time.monotonic() >= self.deadline
-
-    def result(self) -> Snapshot:
-        """The snapshot, as soon as there is one. Raises `ModelError`."""
-        found: Snapshot | str = f"not loaded within {self.config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
-        if select.select([self.reader], [], [], max(self.deadline - time.monotonic(), 0))[0]:
+    def result(self, seconds: float = 0) -> Snapshot | None:
+        """The snapshot, or None if there is no answer within so many seconds. Raises `ModelError`."""
+        if select.select([self.reader], [], [], seconds)[0]:
             with open(self.reader, "rb", closefd=False) as pipe:
                 answer = pipe.read()
             died = "the process that loads it died; did it need more memory (MODEL_MEMORY_MB)?"
             found = msgspec.json.decode(answer, type=Snapshot | str) if answer else died
+        elif time.monotonic() < self.deadline:
+            return None
+        else:
+            found = f"not loaded within {self.config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
         if isinstance(found, Snapshot):
             return found
         place = without_credentials(self.config.mlflow_tracking_uri)
@@ -662,7 +633,9 @@ def acquire(config: Config, folder: Path, seconds: float) -> Snapshot:
     """Fetch the version that MODEL_URI names into `folder` and prove it. Raises `ModelError`."""
     fetcher = ModelFetcher(config, folder, seconds)
     try:
-        return fetcher.result()
+        while not (snapshot := fetcher.result(0.1)):
+            pass
+        return snapshot
     finally:
         fetcher.end()
 

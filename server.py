@@ -7,10 +7,8 @@ the minor version that they were checked with.
 
 import math
 import mmap
-import os
 import selectors
 import shutil
-import signal
 import socket
 import struct
 import sys
@@ -312,9 +310,9 @@ class Supervisor:
         """The version that MODEL_URI names now, proven; None if there is none that can be served."""
         fetcher = ModelFetcher(self.settings, self.folder, self.settings.model_load_timeout, self.served)
         try:
-            while not fetcher.ready():
+            while not (found := fetcher.result()):
                 yield
-            return fetcher.result()
+            return found
         except ModelError as error:
             fraud_api.metrics.add("failed_reloads")
             self.log.error("still serving %s, not %s", self.served.version, error)
@@ -331,7 +329,6 @@ class Supervisor:
             try:
                 while wanted is fraud_api.snapshot and not self.all_ready():
                     yield
-                    self.kill_hanging()
             finally:
                 self.server.num_workers -= 1
             while len(workers) > self.server.num_workers:
@@ -343,12 +340,6 @@ class Supervisor:
     def all_ready(self) -> bool:
         workers = self.server.WORKERS
         return len(workers) >= self.server.num_workers and all(worker.ready[0] for worker in workers.values())
-
-    def kill_hanging(self) -> None:
-        """A worker that does not come up in time ends; `lost` then goes back to the version before."""
-        for worker in self.server.WORKERS.values():
-            if not worker.ready[0] and time.monotonic() - worker.born > self.settings.model_load_timeout:
-                os.kill(worker.pid, signal.SIGKILL)
 
     def lost(self, worker: Worker) -> None:
         """A worker has ended. A new version that its first worker does not come up with is given up."""
