@@ -7,14 +7,15 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
 from random import getrandbits
-from typing import Any
+from typing import Any, cast
 
 import falcon
 import msgspec
@@ -22,7 +23,7 @@ from msgspec import UNSET, UnsetType
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from config import Config
-from model import Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, load
+from model import Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, load, record_digest, values_of
 from telemetry import RECORD, ROUTE, Metrics, ScoreRecorder
 
 log = logging.getLogger("gunicorn.error")
@@ -43,15 +44,19 @@ HALF_PAIR = re.compile(rb"(\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(?!u[dD][89a-fA-
 MALFORMED = (msgspec.DecodeError, ValueError, RecursionError)
 READ = "fraud_api.read"  # in the WSGI environment: whether the body has been read, or is being read as a stream
 
-# Set by `gunicorn.conf.py` for the workers: the snapshot to serve, whether the service is stopping (a byte in shared
-# memory), the metrics of all processes, and a function that closes the connection after the answer.
-snapshot: Snapshot | None = None
-stopping: Sequence[int] = b"\0"
-metrics: Metrics | None = None
+
+@dataclass
+class Process:
+    """What the process lends to the application. `gunicorn.conf.py` fills it in; the defaults do for tests."""
+
+    snapshot: Snapshot | None = None
+    stopping: MutableSequence[int] = field(default_factory=lambda: bytearray(1))  # shared by all processes
+    metrics: Metrics = field(default_factory=Metrics)
+    log_line: Callable[[dict[str, Any]], None] = lambda line: None
+    close_connection: Callable[[], None] = lambda: None  # after the answer
 
 
-def close_connection() -> None:
-    """Without gunicorn there is nothing to close."""
+process = Process()
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
@@ -111,8 +116,8 @@ RULES = {"transactions": "a list of transactions"} | {name: rule["description"] 
 def problem(status: int, detail: str | UnsetType = UNSET, **more: Any) -> Problem:
     """A problem with the title of its status; a detail of `<field>: <rule>` gives its field."""
     title = falcon.code_to_http_status(status).partition(" ")[2]
-    field = detail.partition(":")[0] if detail and ":" in detail else UNSET
-    return Problem(title=title, status=status, detail=detail, field=field, **more)
+    name = detail.partition(":")[0] if detail and ":" in detail else UNSET
+    return Problem(title=title, status=status, detail=detail, field=name, **more)
 
 
 # -- bytes → transactions ----------------------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ def decode_rows(rows: Sequence[Any], first: int = 0, longest: int = sys.maxsize)
 def decode_row(row: Any, index: int, longest: int) -> Transaction | Problem:
     if len(row) > longest:
         return problem(413, f"more than {longest} bytes", index=index)
-    found = decode(decode_transaction, row)
+    found: Transaction | Problem = decode(decode_transaction, row)
     if isinstance(found, Transaction):
         return found
     identified = decode(msgspec.json.Decoder(Identified).decode, row)
@@ -207,12 +212,20 @@ def read_lines(stream: Any, longest: int) -> Iterator[list[bytes]]:
 class Predictor:
     """Turns transactions into predictions, and counts them."""
 
-    def __init__(self, model: Model, metrics: Metrics) -> None:
-        self.model, self.recorder = model, ScoreRecorder(model.metadata.reference, metrics)
+    def __init__(self, config: Config, model: Model, process: Process) -> None:
+        self.model, self.recorder = model, ScoreRecorder(model.metadata.reference, process.metrics)
+        self.log_line, self.log_decisions = process.log_line, config.log_decisions
+        self.record_key = (config.record_key or "").encode()
+        snapshot = model.snapshot
+        self.identity = {
+            "model_name": snapshot.name,
+            "registry_version": snapshot.number,
+            "sha256": snapshot.sha256[:12],
+        }
 
     def __call__(self, rows: Sequence[Transaction], explain: bool = False) -> list[Prediction]:
         """Score transactions in one call; predictions come in the same order."""
-        columns, explanations = columns_of(rows), repeat(UNSET)
+        columns, explanations = columns_of(rows), cast(Iterable[Any], repeat(UNSET))
         if explain:
             probabilities, explanations = self.model.explain(columns)
         else:
@@ -233,9 +246,31 @@ class Predictor:
         predictions = self(transactions, explain) if transactions else []
         invalid, fraud = len(rows) - len(predictions), sum(prediction.is_fraud for prediction in predictions)
         self.recorder.invalid(invalid)
+        if self.log_decisions:
+            self.log(rows, predictions, record)
         for name, count in (("rows", len(rows)), ("fraud", fraud), ("invalid", invalid)):
             record[name] = record.get(name, 0) + count
         return predictions
+
+    def decision(self, row: Transaction, prediction: Prediction) -> dict[str, Any]:
+        """What goes on record: enough to find the decision and to compute it again from the same transaction."""
+        found = {
+            "transaction_id": prediction.transaction_id,
+            "is_fraud": prediction.is_fraud,
+            "fraud_probability": prediction.fraud_probability,
+            "threshold": self.model.threshold_for(row.amount),
+            **self.identity,
+        }
+        return found | {"digest": record_digest(self.record_key, values_of(row))} if self.record_key else found
+
+    def log(self, rows: Sequence[Transaction | Problem], predictions: Sequence[Prediction], record: Any) -> None:
+        """A line for every decision in a batch. Called before the rows are added to the counts in the record."""
+        head = {"time": datetime.now(UTC), "level": "info", "logger": "decision", "request_id": record["request_id"]}
+        head |= {"model_version": record["model_version"], "client": record["client"]}
+        following = iter(predictions)
+        for index, row in enumerate(rows, record.get("rows", 0)):
+            if isinstance(row, Transaction):
+                self.log_line({**head, "index": index, **self.decision(row, next(following))})
 
     def asked_to_explain(self, req: falcon.Request) -> bool:
         asked = req.get_param("explain", default="false") if req.query_string else "false"
@@ -262,9 +297,7 @@ class Predict:
             send(req, resp, transaction)
             return
         [prediction] = self.predictor([transaction], explain)
-        record = req.env[RECORD]
-        record["transaction_id"], record["is_fraud"] = prediction.transaction_id, prediction.is_fraud
-        record["fraud_probability"] = prediction.fraud_probability
+        req.env[RECORD] |= self.predictor.decision(transaction, prediction)
         resp.data = encode(prediction)
 
 
@@ -380,8 +413,8 @@ class Keys:
 class Middleware:
     """What happens to every request: an id, the key's check, and the connection's end where it cannot be kept."""
 
-    def __init__(self, model: Model, keys: Keys, stopping: Sequence[int], close: Callable[[], None]) -> None:
-        self.version, self.keys, self.stopping, self.close = model.snapshot.version, keys, stopping, close
+    def __init__(self, model: Model, keys: Keys, process: Process) -> None:
+        self.version, self.keys, self.process = model.snapshot.version, keys, process
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         environ = req.env
@@ -399,13 +432,14 @@ class Middleware:
                 error = ', error="invalid_token"' if req.auth else ""
                 challenge = f'Bearer realm="fraud-api"{error}'
                 raise falcon.HTTPUnauthorized(description="expected an API key as bearer token", challenges=[challenge])
+            req.env[RECORD]["client"] = client
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
         if req.method == "OPTIONS" and resource:
             resp.set_header("Allow", f"{resp.get_header('Allow')}, OPTIONS")
         has_body = req.content_length or "HTTP_TRANSFER_ENCODING" in req.env
-        if self.stopping[0] or (has_body and READ not in req.env):
-            self.close()
+        if self.process.stopping[0] or (has_body and READ not in req.env):
+            self.process.close_connection()
 
 
 def request_id(given: str | None) -> str:
@@ -442,19 +476,10 @@ def report(record: Mapping[str, Any], error: Exception) -> None:
     log.error("request %s failed: %s\n%s", record["request_id"], type(error).__name__, trace)
 
 
-def create_app(
-    config: Config,
-    model: Model,
-    metrics: Metrics | None = None,
-    stopping: Sequence[int] = b"\0",
-    close: Callable[[], None] = lambda: None,
-) -> App:
-    """The WSGI application that serves `model`. It reads nothing but its arguments and the files beside it.
-
-    When `stopping[0]` is true it is not ready, and it calls `close` for every answer: the connection then ends with it.
-    """
-    metrics, keys = metrics or Metrics(), Keys(config.api_keys or ())
-    predictor, probes = Predictor(model, metrics), Probes(model, keys, stopping)
+def create_app(config: Config, model: Model, process: Process) -> App:
+    """The WSGI application that serves `model`. It reads nothing but its arguments and the files beside it."""
+    keys = Keys(config.api_keys or ())
+    predictor, probes = Predictor(config, model, process), Probes(model, keys, process.stopping)
     page, openapi, version = (
         HERE.joinpath(name).read_bytes() for name in ("page.html", "openapi.json", "version.json")
     )
@@ -465,11 +490,11 @@ def create_app(
         "/health": Get(probes.health),
         "/health/live": Get(lambda _: OK),
         "/health/ready": Get(probes.ready),
-        "/metrics": Get(lambda _: metrics.text(model), CONTENT_TYPE_PLAIN_0_0_4),
+        "/metrics": Get(lambda _: process.metrics.text(model), CONTENT_TYPE_PLAIN_0_0_4),
         "/openapi.json": Get(lambda _: openapi),
         "/version": Get(lambda _: version),
     }
-    app = falcon.App(media_type=JSON, middleware=[Middleware(model, keys, stopping, close)])
+    app = falcon.App(media_type=JSON, middleware=[Middleware(model, keys, process)])
     for path, resource in routes.items():
         app.add_route(path, resource)
     app.add_error_handler(Exception, _unexpected)
@@ -479,7 +504,7 @@ def create_app(
 
 def get_app() -> App:
     """What gunicorn calls in each worker: the application on the snapshot that the master has fetched."""
-    if snapshot is None:
+    if process.snapshot is None:
         raise RuntimeError("start with gunicorn and gunicorn.conf.py, without --preload")
     config = Config.from_environ()
-    return create_app(config, load(snapshot, config), metrics, stopping, close_connection)
+    return create_app(config, load(process.snapshot, config), process)

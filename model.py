@@ -6,6 +6,7 @@ calls `load` after the fork and gets a `Model`. Both raise `ModelError` with a m
 
 import fcntl
 import hashlib
+import hmac
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ import time
 import traceback
 import zipfile
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,7 +49,7 @@ from config import Config, without_credentials
 log = logging.getLogger("gunicorn.error")
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Columns = Sequence[Sequence[Any]]  # the values of n transactions, one sequence of n values per field
+Columns = Sequence[Any]  # the values of n transactions, one sequence of n values per field
 
 HINT = "README: A model of your own"
 GOLDEN_TOLERANCE = 1e-6
@@ -133,7 +134,7 @@ CATEGORY = "merchant_category"
 FIELDS = Features.__struct_fields__
 NUMBERS = tuple(name for name in FIELDS if name != CATEGORY)
 MONEY = ("amount", "account_balance")
-_values = attrgetter(*FIELDS)
+values_of = attrgetter(*FIELDS)
 
 
 def _column_type(schema: dict[str, Any]) -> str:
@@ -151,7 +152,12 @@ DTYPES = {"string": "object", "long": "int64", "double": "float64"}
 
 def columns_of(rows: Sequence[Features]) -> Columns:
     """The six columns of some rows, in the order of `FIELDS`."""
-    return list(zip(*map(_values, rows), strict=True))
+    return list(zip(*map(values_of, rows), strict=True))
+
+
+def record_digest(key: bytes, values: Sequence[Any]) -> str:
+    """32 hex digits that prove which six values were scored, without telling them (HMAC-SHA256, RFC 2104)."""
+    return hmac.new(key, msgspec.json.encode(list(values)), "sha256").hexdigest()[:32]
 
 
 class Golden(Features, frozen=True):
@@ -323,12 +329,8 @@ class LeafMaskScorer(Scorer):
         self.tables = [mask_table(trees, values[name], kind) for name in FIELDS]
 
     def __call__(self, columns: Columns) -> Floats:
-        if len(columns[0]) <= ROWS_AT_A_TIME:
-            return self.probabilities(reduce(np.bitwise_and, self.masks(columns)))
-        starts = range(0, len(columns[0]), ROWS_AT_A_TIME)
-        return np.concatenate(
-            [self([values[start : start + ROWS_AT_A_TIME] for values in columns]) for start in starts]
-        )
+        parts = pieces(columns, ROWS_AT_A_TIME)
+        return np.concatenate([self.probabilities(reduce(np.bitwise_and, self.masks(part))) for part in parts])
 
     def masks(self, columns: Columns) -> list[Any]:
         """For each field, the leaves (n × trees) that its values leave over."""
@@ -352,16 +354,22 @@ class LeafMaskScorer(Scorer):
 
     def coalitions(self, columns: Columns, reference: Sequence[Any]) -> Floats:
         """Each field's masks are the transaction's or the reference's: all 64 choices, by doubling."""
-        step = max(ROWS_AT_A_TIME // len(COALITIONS), 1)
-        fixed = [masks[:, None] for masks in self.masks([[value] for value in reference])]
+        others = self.masks([[value] for value in reference])
         found = []
-        for start in range(0, len(columns[0]), step):
-            own = self.masks([values[start : start + step] for values in columns])
-            masks = np.full((len(own[0]), 1, len(self.offsets)), np.iinfo(own[0].dtype).max, own[0].dtype)
-            for other, mine in zip(fixed, own, strict=True):
-                masks = np.concatenate([masks & other, masks & mine[:, None]], axis=1)
+        for part in pieces(columns, ROWS_AT_A_TIME // len(COALITIONS)):
+            masks = np.empty((len(part[0]), len(COALITIONS), len(self.offsets)), others[0].dtype)
+            masks[:, 0] = np.iinfo(masks.dtype).max
+            for number, (own, other) in enumerate(zip(self.masks(part), others, strict=True)):
+                done = 2**number
+                np.bitwise_and(masks[:, :done], own[:, None], out=masks[:, done : 2 * done])
+                masks[:, :done] &= other
             found.append(self.probabilities(masks.reshape(-1, len(self.offsets))))
         return np.concatenate(found).reshape(-1, len(COALITIONS))
+
+
+def pieces(columns: Columns, size: int) -> Iterator[Columns]:
+    """The columns of so many rows at a time."""
+    return ([values[start : start + size] for values in columns] for start in range(0, len(columns[0]), size))
 
 
 class Tree:
@@ -510,7 +518,7 @@ class Model:
         """
         if self.metadata.reference is None:
             raise ValueError("the model has no reference transaction")
-        worth = self.scorer.coalitions(columns, _values(self.metadata.reference.transaction))
+        worth = self.scorer.coalitions(columns, values_of(self.metadata.reference.transaction))
         without = worth[:, [len(COALITIONS) - 1 - 2**number for number in range(len(FIELDS))]]
         explanations = [
             Explanation(base, sorted(map(Contribution, FIELDS, shares, alone), key=lambda each: -abs(each.value)))

@@ -31,7 +31,7 @@ from model import CATEGORY, FIELDS, Columns, Model, Reference
 # Keys of the WSGI environment: what the application adds to the request's log line, and the route.
 RECORD, ROUTE = "fraud_api.record", "fraud_api.route"
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-MOST_LINES = 10_000  # that wait to be written; more are lost
+MOST_LINES = 100_000  # that wait to be written; more are lost
 WRITE_SECONDS = 0.005  # lines of so long a time are written together
 STALL_SECONDS = 0.1  # without reading anything, after which the reader of the log counts as stalled
 
@@ -128,7 +128,7 @@ class Metrics:
 
 def shown(label: object) -> str:
     """A label's value as Prometheus writes it."""
-    return str(floatToGoString(label)) if isinstance(label, float) else str(label)
+    return str(floatToGoString(label)) if isinstance(label, float) else str(label)  # type: ignore[no-untyped-call]
 
 
 def gauges(model: Model) -> Iterator[tuple[tuple[Any, ...], float]]:
@@ -149,16 +149,18 @@ class ScoreRecorder:
         self.categories = frozenset(reference.categories if reference else ())
 
     def record(self, columns: Columns, scores: Sequence[float], fraud: int) -> None:
-        add = self.metrics.add
+        counts: list[tuple[str, object, int]] = [("rows", "fraud", fraud), ("rows", "legitimate", len(scores) - fraud)]
+        if self.reference:
+            places = Counter(bisect_left(self.reference.score_deciles, score) for score in scores)
+            counts += [("score_decile", place + 1, count) for place, count in places.items()]
+            counts += [
+                ("unfamiliar_values", field, self.unfamiliar(field, values))
+                for field, values in zip(FIELDS, columns, strict=True)
+            ]
         with self.metrics.lock:
-            add("rows", "fraud", by=fraud)
-            add("rows", "legitimate", by=len(scores) - fraud)
-            if self.reference:
-                limits = self.reference.score_deciles
-                for place, count in Counter(bisect_left(limits, score) for score in scores).items():
-                    add("score_decile", place + 1, by=count)
-                for field, values in zip(FIELDS, columns, strict=True):
-                    add("unfamiliar_values", field, by=self.unfamiliar(field, values))
+            for name, label, count in counts:
+                if count:
+                    self.metrics.add(name, label, by=count)
 
     def invalid(self, count: int) -> None:
         with self.metrics.lock:
@@ -179,6 +181,7 @@ class Output(logging.Handler):
     def __init__(self, lost: Callable[[], None], mask: Callable[[str], str]) -> None:
         super().__init__()
         self.lost, self.mask, self.lines, self.turn = lost, mask, deque[bytes](), threading.Lock()
+        self.stalled = False
         self.wanted: threading.Event | None = None
 
     def start(self) -> None:
@@ -193,6 +196,8 @@ class Output(logging.Handler):
             self.drain()
 
     def put(self, line: dict[str, Any]) -> None:
+        if len(self.lines) >= MOST_LINES and not self.stalled:
+            self.drain()
         if len(self.lines) < MOST_LINES:
             self.lines.append(msgspec.json.encode(line) + b"\n")
         else:
@@ -211,6 +216,7 @@ class Output(logging.Handler):
                 while self.lines and len(text) + len(self.lines[0]) <= PIPE_BUF:
                     text += self.lines.popleft()
                 os.write(descriptor, text)
+            self.stalled = bool(self.lines)
 
     def emit(self, record: logging.LogRecord) -> None:
         """What is logged about anything but a request."""
