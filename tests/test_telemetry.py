@@ -3,6 +3,7 @@
 import ast
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ from chaos import Relay
 from conftest import BODY, HERE, LINE, NAME, TRANSACTION, Service, client_of, config, free_port, running, wait_until
 from fraud_api import create_app
 from model import Features, Model, Transaction, columns_of
-from telemetry import METRICS, Metrics, ScoreRecorder
+from telemetry import METRICS, Lines, Metrics, Output, ScoreRecorder
 
 KEY = "k3y-of-the-tests"
 BAD = TRANSACTION | {"hour": 24}
@@ -293,6 +294,35 @@ def test_lines_are_whole(piped: Piped) -> None:
     assert piped.popen.wait(20) == 0
     reader.join()
     assert len([line for line in piped.lines() if line["logger"] == "request"]) + lost == piped.asked + 1
+
+
+def test_long_lines_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do lines that are longer than what a pipe takes at once, such as tracebacks."""
+    reader, writer = os.pipe()
+    log: list[bytes] = []
+
+    def read() -> None:
+        while data := os.read(reader, 3000):
+            log.append(data)
+            time.sleep(0.0001)
+
+    def write(letter: str) -> None:
+        output, record = Output(lambda: None), logging.makeLogRecord({"msg": letter * 10_000})
+        for _ in range(100):
+            output.write(Lines(str, human=False).format(record) + "\n")
+            output.flush()
+        while output.lines:
+            output.flush()
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    with os.fdopen(writer, "w") as stdout, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert [*pool.map(write, "ab")] == [None, None]
+    reading.join()
+    os.close(reader)
+    messages = [json.loads(line)["message"] for line in b"".join(log).splitlines()]
+    assert {"".join(sorted({*message})) for message in messages} == {"a", "b"}
 
 
 def test_a_stop_while_nobody_reads_the_log(piped: Piped) -> None:
