@@ -20,6 +20,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import msgspec
 import numpy as np
@@ -609,9 +611,9 @@ def browser() -> Iterator[webdriver.Chrome]:
 class Page:
     """The page in a browser, by what a person does on it."""
 
-    def __init__(self, browser: webdriver.Chrome, service: Service) -> None:
+    def __init__(self, browser: webdriver.Chrome, url: str, service: Service | None = None) -> None:
         self.browser, self.service = browser, service
-        browser.get(service.url)
+        browser.get(url)
         self.wait(lambda: browser.find_elements(By.ID, "transaction_id"))
 
     def wait(self, condition: Callable[[], object]) -> None:
@@ -635,11 +637,11 @@ class Page:
 
 @pytest.fixture
 def page(browser: webdriver.Chrome, keyed: Service) -> Page:
-    return Page(browser, keyed)
+    return Page(browser, keyed.url, keyed)
 
 
 def test_page_scores(page: Page) -> None:
-    """Filled in by keyboard, it shows what the API answers: decision, probability, threshold, six Shapley values."""
+    """Filled in by keyboard, it shows what the API answers: decision, probability, and why, field by field."""
     page.fill("key", KEY)
     page.fill("amount", "900.5", Keys.TAB, "jewelry", Keys.TAB)
     page.fill("merchant_category", "jewelry")
@@ -649,15 +651,62 @@ def test_page_scores(page: Page) -> None:
     percent = float(re.findall(r"raud: ([\d.e-]+) %", shown)[0])
     assert shown.startswith("Fraud: " if answer["is_fraud"] else "No fraud: ")
     assert percent == pytest.approx(100 * answer["fraud_probability"], rel=1e-3)
-    rows = [row.text.split() for row in page.browser.find_elements(By.CSS_SELECTOR, "#result tr")]
-    assert [row[0] for row in rows] == [each["field"].split("_")[0] for each in answer["explanation"]["contributions"]]
-    assert [float(row[-1]) for row in rows] == [
-        pytest.approx(each["value"], abs=6e-5) for each in answer["explanation"]["contributions"]
+    found = [
+        page.browser.execute_script(CELLS, row) for row in page.browser.find_elements(By.CSS_SELECTOR, "#result tr")
     ]
+    expected = answer["explanation"]["contributions"]
+    names = [each["field"].replace("_", " ") for each in expected]
+    assert [name for name, *_ in found] == names
+    assert [without.partition(" % ")[2] for _, _, without, _ in found] == [f"with a usual {name}" for name in names]
+    assert [float(without.split()[2]) for _, _, without, _ in found] == [
+        pytest.approx(100 * each["without"], rel=1e-3) for each in expected
+    ]
+    assert [float(value) for *_, value in found] == [pytest.approx(each["value"], abs=6e-5) for each in expected]
+
+
+CELLS = "return [...arguments[0].children].map(cell => cell.textContent)"
+
+
+def test_page_shows_what_is_served(page: Page) -> None:
+    """Without a key its name and version; with one, as soon as it is entered, all that `/health` tells then."""
+    page.wait(lambda: page.text("facts"))
+    assert page.text("facts") == f"name{NAME}versionv1.2.3moreenter an API key"
+    page.fill("key", KEY, Keys.TAB)
+    page.wait(lambda: "scorer" in page.text("facts"))
     health = json.loads(ask(page.service, "/health")[1])
+    page.browser.find_element(By.ID, "key").send_keys("-wrong", Keys.TAB)
     facts = page.text("facts")
-    for fact in (health["model_name"], health["model_version"], health["sha256"], "average precision (hold-out)"):
+    for fact in (NAME, "v1.2.3", health["sha256"], "scorerleaf-masks", "average precision (hold-out)"):
         assert fact in facts
+    assert f"decisionfixed threshold {health['threshold']:.4g}" in facts
+    page.wait(lambda: page.text("facts").endswith("enter an API key"))
+
+
+class Threaded(ThreadingMixIn, WSGIServer):
+    """Browsers open connections before they need them."""
+
+    daemon_threads = True
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_page_of_a_version_that_decides_by_expected_cost(browser: webdriver.Chrome, model: Model) -> None:
+    """The review cost in place of a threshold, and the threshold that follows from it for the amount."""
+    metadata = msgspec.structs.replace(model.metadata, threshold=None, review_cost=5.0)
+    app = create_app(config(), replace(model, metadata=metadata))
+    with make_server("127.0.0.1", 0, app, Threaded, Quiet) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            page = Page(browser, f"http://127.0.0.1:{server.server_port}")
+            shown = page.score()
+        finally:
+            server.shutdown()
+    policy = "flagged by expected cost, review cost 5.00"
+    assert f"decision{policy}scorer" in page.text("facts")
+    assert f"Decision: {policy} (at this amount from 3.322 %, the mark), v1.2.3" in shown
 
 
 def test_page_snippets(page: Page) -> None:
