@@ -37,9 +37,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 import train
 from chaos import Relay
 from conftest import BODY, HERE, LINE, NAME, TRANSACTION, Service, client_of, config, free_port, running, wait_until
-from fraud_api import create_app
+from fraud_api import Batch, Prediction, Predictions, Problem, Process, create_app
 from model import Features, Model, Transaction, columns_of
-from telemetry import METRICS, Lines, Metrics, Output, ScoreRecorder
+from telemetry import METRICS, Metrics, Output, ScoreRecorder
 
 KEY = "k3y-of-the-tests"
 BAD = TRANSACTION | {"hour": 24}
@@ -48,7 +48,9 @@ BAD = TRANSACTION | {"hour": 24}
 @pytest.fixture(scope="module")
 def keyed(champion: str) -> Iterator[Service]:
     """A service that asks for a key."""
-    with running(champion, web_concurrency="2", api_keys=KEY, model_uri=f"models:/{NAME}@champion") as service:
+    with running(
+        champion, web_concurrency="2", api_keys=f"tests:{KEY}", model_uri=f"models:/{NAME}@champion"
+    ) as service:
         yield service
 
 
@@ -76,15 +78,16 @@ def line_of(service: Service, request_id: str) -> dict[str, object]:
 
 
 def test_line_of_a_prediction(keyed: Service) -> None:
-    """Who asked what and what was answered, with the trace it belongs to; no field of the transaction."""
+    """Which client asked, what was decided, by which model at which threshold; no other field of the transaction."""
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     _, body = ask(keyed, "/predict?explain=true&x=secret", BODY, X_Request_ID="one", traceparent=trace)
-    answer = json.loads(body)
+    answer, health = json.loads(body), json.loads(ask(keyed, "/health")[1])
     assert line_of(keyed, "one") == {
         "level": "info",
         "logger": "request",
         "request_id": "one",
         "trace_id": "0af7651916cd43dd8448eb211c80319c",
+        "client": "tests",
         "method": "POST",
         "path": "/predict",
         "status": 200,
@@ -92,6 +95,10 @@ def test_line_of_a_prediction(keyed: Service) -> None:
         "transaction_id": "tx_12345",
         "fraud_probability": answer["fraud_probability"],
         "is_fraud": answer["is_fraud"],
+        "threshold": health["threshold"],
+        "model_name": NAME,
+        "registry_version": health["registry_version"],
+        "sha256": health["sha256"][:12],
     }
 
 
@@ -109,6 +116,7 @@ def test_line_of_a_batch(keyed: Service, stream: bool) -> None:
         "level": "info",
         "logger": "request",
         "request_id": kind,
+        "client": "tests",
         "method": "POST",
         "path": "/predict/batch",
         "status": 200,
@@ -137,7 +145,7 @@ def test_line_of_a_refusal(keyed: Service, path: str, headers: dict[str, str], s
         "path": path,
         "status": status,
         "model_version": "v1.2.3",
-    } | ({"detail": problem["detail"]} if "detail" in problem else {})
+    } | ({"client": "tests"} if status == 422 else {}) | ({"detail": problem["detail"]} if "detail" in problem else {})
 
 
 def test_line_of_what_is_not_understood(keyed: Service) -> None:
@@ -157,8 +165,8 @@ def test_line_of_what_is_not_understood(keyed: Service) -> None:
     assert all(lines[name].pop("time") for name in (request_id, "broken"))
     assert lines["broken"].pop("duration_ms") > 0
     line = {"level": "info", "logger": "request"}
-    assert lines[request_id] == line | {"method": "-", "path": "-", "status": 400, "duration_ms": None}
-    broken = {"method": "POST", "path": "/predict", "status": 400, "model_version": "v1.2.3"}
+    assert lines[request_id] == line | {"method": "-", "path": "-", "status": 400}
+    broken = {"method": "POST", "path": "/predict", "status": 400, "model_version": "v1.2.3", "client": "tests"}
     assert lines["broken"] == line | broken | detail
     after = samples(keyed)
     grown = {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
@@ -187,15 +195,13 @@ def test_every_line_is_json_and_keeps_secrets(keyed: Service) -> None:
         assert secret not in text
 
 
-@pytest.mark.parametrize("human", [False, True])
-def test_what_others_log(human: bool) -> None:
-    """Libraries' warnings and tracebacks in the same format, secrets masked; plain text where people look."""
-    code = f"""
+def test_what_others_log() -> None:
+    """Libraries' warnings and tracebacks are lines of JSON as well, without secrets."""
+    code = """
 import logging, sys, warnings
 from gunicorn.config import Config
 import config, telemetry
-sys.stdout.isatty = lambda: {human}
-telemetry.Log.mask = staticmethod(config.Config.from_environ().mask)
+telemetry.Log.mask, telemetry.Log.metrics = config.Config.from_environ().mask, telemetry.Metrics()
 log = telemetry.Log(Config())
 logging.getLogger("mlflow.x").warning("mlflow s3cret \\u2028")
 logging.getLogger("urllib3").debug("too much")
@@ -211,14 +217,10 @@ except RuntimeError:
     assert done.stderr == ""
     assert "s3cret" not in done.stdout
     assert "too much" not in done.stdout
-    if human:
-        assert re.search(r"^\d\d:\d\d:\d\d \[\d+\] \[WARNING\] mlflow \*\*\* ", done.stdout)
-        assert "[ERROR] it failed ?\nTraceback (most" in done.stdout
-    else:
-        first, second, third = (json.loads(line) for line in done.stdout.split("\n")[:-1])
-        assert (first["logger"], first["level"], first["message"]) == ("mlflow.x", "warning", "mlflow *** \u2028")
-        assert "UserWarning: careful ***" in second["message"]
-        assert (third["message"], third["exception"][-17:]) == ("it failed ?", "RuntimeError: ***")
+    first, second, third = (json.loads(line) for line in done.stdout.split("\n")[:-1])
+    assert (first["logger"], first["level"], first["message"]) == ("mlflow.x", "warning", "mlflow *** \u2028")
+    assert "UserWarning: careful ***" in second["message"]
+    assert (third["message"], third["exception"][-17:]) == ("it failed ?", "RuntimeError: ***")
 
 
 SMALL_QUEUE = """
@@ -309,12 +311,11 @@ def test_long_lines_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.0001)
 
     def write(letter: str) -> None:
-        output, record = Output(lambda: None), logging.makeLogRecord({"msg": letter * 10_000})
+        output, record = Output(lambda: None, str), logging.makeLogRecord({"msg": letter * 10_000})
         for _ in range(100):
-            output.write(Lines(str, human=False).format(record) + "\n")
-            output.flush()
+            output.emit(record)
         while output.lines:
-            output.flush()
+            output.drain()
 
     reading = threading.Thread(target=read)
     reading.start()
@@ -448,7 +449,7 @@ def test_counting_in_several_threads(model: Model) -> None:
 
 def test_every_metric_is_explained(model: Model) -> None:
     """`/metrics` has the declared metrics and no other, and README's table has them with their labels."""
-    families = [*text_string_to_metric_families(client_of(create_app(config(), model)).get("/metrics").text)]
+    families = [*text_string_to_metric_families(client_of(create_app(config(), model, Process())).get("/metrics").text)]
     assert {family.name.removeprefix("fraud_api_"): family.type for family in families} == {
         name: kind for name, (kind, _, _) in METRICS.items()
     }
@@ -515,31 +516,39 @@ def test_drift_of_scores_that_tie(model: Model) -> None:
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
 
-def test_openapi_is_valid(model: Model) -> None:
-    """OpenAPI 3.1, with the rules of the schema in it, and the key only where one is asked for."""
-    document = client_of(create_app(config(api_keys=KEY), model)).get("/openapi.json").json
+def test_openapi(model: Model) -> None:
+    """OpenAPI 3.1 with all paths, and the schemas that requests and answers are made with."""
+    app = create_app(config(api_keys=KEY), model, Process())
+    document = client_of(app).get("/openapi.json").json
     OpenAPIV31SpecValidator(document).validate()
-    assert document["openapi"] == "3.1.0"
-    hour = document["components"]["schemas"]["Transaction"]["properties"]["hour"]
-    assert (hour["minimum"], hour["maximum"], hour["multipleOf"]) == (0, 23, 1)
-    secured = {path for path, item in document["paths"].items() for method in item.values() if method.get("security")}
-    assert secured == {"/predict", "/predict/batch"}
-    free = client_of(create_app(config(), model)).get("/openapi.json").json
-    assert free["paths"]["/predict"]["post"]["security"] == []
-    app = create_app(config(), model)
     assert {*document["paths"]} == {path for path in document["paths"] if app._router.find(path)}
+    secured = {path for path, item in document["paths"].items() for method in item.values() if method.get("security")}
+    assert secured == {"/predict", "/predict/batch", "/health"}
+    types = (Transaction, Batch, Prediction, Predictions, Problem)
+    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    written = document["components"]["schemas"]
+    for name, schema in schemas.items():
+        own = {key: value for key, value in schema.items() if key not in ("title", "description")}
+        assert {key: value for key, value in written[name].items() if key != "description"} == own
+    health = client_of(app).get("/health", headers={"Authorization": f"Bearer {KEY}"}).json
+    assert {*written["Health"]["properties"]} == {*health}
+    assert {*written["Health"]["required"]} == {*client_of(app).get("/health").json}
 
 
 def test_the_examples_are_true(model: Model) -> None:
     """What is sent in them is answered with what is in them, but for figures and time."""
-    app = client_of(create_app(config(), model))
+    app = client_of(create_app(config(api_keys=KEY), model, Process()))
     document = app.get("/openapi.json").json
+    known = {"Authorization": f"Bearer {KEY}"}
+    told = document["paths"]["/health"]["get"]["responses"]["200"]["content"]["application/json"]["examples"]
+    assert {*app.get("/health", headers=known).json} == {*told["with a key"]["value"]}
+    assert {*app.get("/health").json} == {*told["without a key"]["value"]}
     for path in ("/predict", "/predict?explain=true", "/predict/batch"):
         post = document["paths"][path.partition("?")[0]]["post"]
         for kind, content in post["requestBody"]["content"].items():
             [example] = content["examples"].values()
             body = example["value"] if kind.endswith("ndjson") else json.dumps(example["value"])
-            answer = app.post(path, body, {"Content-Type": kind})
+            answer = app.post(path, body, {"Content-Type": kind} | known)
             assert answer.status_code == 200
             if not kind.endswith("ndjson"):
                 shown = post["responses"]["200"]["content"][kind]["examples"]
@@ -696,7 +705,7 @@ class Quiet(WSGIRequestHandler):
 def test_page_of_a_version_that_decides_by_expected_cost(browser: webdriver.Chrome, model: Model) -> None:
     """The review cost in place of a threshold, and the threshold that follows from it for the amount."""
     metadata = msgspec.structs.replace(model.metadata, threshold=None, review_cost=5.0)
-    app = create_app(config(), replace(model, metadata=metadata))
+    app = create_app(config(), replace(model, metadata=metadata), Process())
     with make_server("127.0.0.1", 0, app, Threaded, Quiet) as server:
         threading.Thread(target=server.serve_forever).start()
         try:
