@@ -9,13 +9,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import quote_plus
 
 MASK = "***"
 SECRETS = {"API_KEYS", "RECORD_KEY"}
-LIBRARY_SECRET = re.compile("(MLFLOW|AWS)_.*(KEY|PASSWORD|SECRET|TOKEN|USERNAME).*")
+SECRET_VALUE = re.compile("RECORD_KEY|(MLFLOW|AWS)_.*(KEY|PASSWORD|SECRET|TOKEN|USERNAME).*")
 LOOPBACK_ONLY = "a loopback address, unless API_KEYS or ALLOW_ANONYMOUS=true is set"
 KEY = r"([A-Za-z0-9-]+:)?[\w.~+/-]+=*"  # an optional name, and a bearer token (RFC 6750, section 2.1)
 
@@ -42,19 +43,16 @@ def _rule(
     """A parser that converts text that matches and is valid, and raises `ValueError(expected)` for any other."""
 
     def parse(text: str) -> Any:
-        try:
+        with suppress(ValueError):
             if re.fullmatch(pattern, text) and valid(value := convert(text)):
                 return value
-        except ValueError:
-            pass
         raise ValueError(expected)
 
     return parse
 
 
 def _whole(low: int, high: int) -> Callable[[str], Any]:
-    expected = f"a whole number from {low} to {high}"
-    return _rule(expected, "[0-9]+", int, lambda number: low <= number <= high)
+    return _rule(f"a whole number from {low} to {high}", "[0-9]+", int, lambda number: low <= number <= high)
 
 
 _registry = _rule("an http://, https:// or sqlite:/// address", r"(https?|sqlite)://\S+")
@@ -125,11 +123,8 @@ class Config:
                 shown = MASK if name in SECRETS else without_credentials(repr(text))
                 problems.append(f"{name} {'is not set' if text is None else f'is {shown}'}, expected {expected}")
         if not problems:
-            secrets = [value for name, value in environ.items() if value and LIBRARY_SECRET.fullmatch(name)]
-            secrets += [key for _, key in values["api_keys"] or ()] + [values["record_key"]] * bool(
-                values["record_key"]
-            )
-            config = cls(**values, secrets=tuple(secrets))
+            secrets = {value.strip() for name, value in environ.items() if SECRET_VALUE.fullmatch(name)} - {""}
+            config = cls(**values, secrets=(*secrets, *(key for _, key in values["api_keys"] or ())))
             problems = config._contradictions()
         if problems:
             raise ConfigError("bad configuration: " + "; ".join(problems))
