@@ -123,8 +123,9 @@ class Config:
                 shown = MASK if name in SECRETS else without_credentials(repr(text))
                 problems.append(f"{name} {'is not set' if text is None else f'is {shown}'}, expected {expected}")
         if not problems:
-            secrets = {value.strip() for name, value in environ.items() if SECRET_VALUE.fullmatch(name)} - {""}
-            config = cls(**values, secrets=(*secrets, *(key for _, key in values["api_keys"] or ())))
+            found = [value for name, value in environ.items() if SECRET_VALUE.fullmatch(name)]
+            secrets = {*found, *map(str.strip, found), *(key for _, key in values["api_keys"] or ())} - {""}
+            config = cls(**values, secrets=tuple(secrets))
             problems = config._contradictions()
         if problems:
             raise ConfigError("bad configuration: " + "; ".join(problems))
