@@ -8,7 +8,7 @@ import ipaddress
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -126,18 +126,16 @@ class Config:
             found = [value for name, value in environ.items() if SECRET_VALUE.fullmatch(name)]
             secrets = {*found, *map(str.strip, found), *(key for _, key in values["api_keys"] or ())} - {""}
             config = cls(**values, secrets=tuple(secrets))
-            problems = config._contradictions()
+            problems = list(config._contradictions())
         if problems:
             raise ConfigError("bad configuration: " + "; ".join(problems))
         return config
 
-    def _contradictions(self) -> list[str]:
-        problems = []
+    def _contradictions(self) -> Iterator[str]:
         if not self.may_listen_on(self.host):
-            problems.append(f"HOST is {self.host!r}, expected {LOOPBACK_ONLY}")
+            yield f"HOST is {self.host!r}, expected {LOOPBACK_ONLY}"
         if self.drain_seconds > self.graceful_timeout - 2:
-            problems.append(f"DRAIN_SECONDS is '{self.drain_seconds}', expected at least 2 less than GRACEFUL_TIMEOUT")
-        return problems
+            yield f"DRAIN_SECONDS is '{self.drain_seconds}', expected at least 2 less than GRACEFUL_TIMEOUT"
 
     def may_listen_on(self, host: str) -> bool:
         """Without keys the service listens on loopback only, unless the operator says otherwise."""

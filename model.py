@@ -371,9 +371,8 @@ def add_masks(nodes: list[dict[str, Any]]) -> list[float]:
 
 def thresholds(trees: Sequence[Any], column: int) -> Floats:
     """The thresholds of all nodes on a column, ascending, and infinity."""
-    return np.unique(
-        [node["threshold"] for tree in trees for node in tree if node.get("split_feature_id") == column] + [np.inf]
-    )
+    found = {node["threshold"] for nodes in trees for node in nodes if node.get("split_feature_id") == column}
+    return np.array([*sorted(found), np.inf])
 
 
 def float32_limits(limits: Floats) -> Floats:

@@ -19,12 +19,13 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from select import PIPE_BUF, select
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 from gunicorn.glogging import Logger
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import Metric, generate_latest
 from prometheus_client.utils import floatToGoString
 
 from model import CATEGORY, FIELDS, Columns, Model, Reference
@@ -110,9 +111,7 @@ class Metrics:
         for (name, suffix, *labels), value in [*self.counts(), *gauges(model)]:
             named = dict(zip(METRICS[name][2], map(str, labels), strict=False))  # sums have no `le`
             families[name].add_sample(f"fraud_api_{name}{suffix}", named, value)
-        registry = CollectorRegistry()
-        registry.collect = families.values  # type: ignore[method-assign]
-        return generate_latest(registry)
+        return generate_latest(SimpleNamespace(collect=families.values))
 
     def counts(self) -> Iterator[tuple[tuple[Any, ...], float]]:
         """Every cell and its number over all processes, but for combinations of route and status without requests."""
