@@ -100,7 +100,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: object) -> None:
 
 
 def service(port: int, trees: int, **environ: str) -> Server:
-    environ |= {"MODEL_URI": f"models:/bench-{trees}@champion", "WEB_CONCURRENCY": "1"}
+    environ |= {"MODEL_URI": f"models:/bench-{trees}@champion", "WEB_CONCURRENCY": "1", "MODEL_LOAD_TIMEOUT": "120"}
     return server(str(BIN / "gunicorn"), port=port, ready="/health/ready", **environ)
 
 

@@ -25,7 +25,6 @@ DOCUMENTED = {
 }
 # Expressions in the classes of server.py, and what of gunicorn they hold.
 HOLDS = {
-    "Connection": {"self.worker": ThreadWorker},
     "Worker": {
         "self": ThreadWorker,
         "conn": TConn,

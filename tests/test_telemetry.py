@@ -2,6 +2,7 @@
 
 import ast
 import fcntl
+import io
 import json
 import logging
 import os
@@ -697,6 +698,16 @@ class Threaded(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
+def terminated(app: Callable[..., object]) -> Callable[..., object]:
+    """The application behind a server whose input does not end with the body."""
+
+    def call(environ: dict[str, object], start_response: object) -> object:
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        return app(environ | {"wsgi.input": io.BytesIO(body)}, start_response)
+
+    return call
+
+
 class Quiet(WSGIRequestHandler):
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -706,7 +717,7 @@ def test_page_of_a_version_that_decides_by_expected_cost(browser: webdriver.Chro
     """The review cost in place of a threshold, and the threshold that follows from it for the amount."""
     metadata = msgspec.structs.replace(model.metadata, threshold=None, review_cost=5.0)
     app = create_app(config(), replace(model, metadata=metadata), Process())
-    with make_server("127.0.0.1", 0, app, Threaded, Quiet) as server:
+    with make_server("127.0.0.1", 0, terminated(app), Threaded, Quiet) as server:
         threading.Thread(target=server.serve_forever).start()
         try:
             page = Page(browser, f"http://127.0.0.1:{server.server_port}")
