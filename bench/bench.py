@@ -31,6 +31,7 @@ import mlflow
 import msgspec
 import numpy as np
 
+import data
 import train
 from config import Config
 from model import Features, TreeScore, acquire
@@ -164,7 +165,7 @@ def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[st
     found: dict[tuple[str, ...], list[float]] = defaultdict(list)
     bodies = write_bodies(folder)
     estimator = mlflow.sklearn.load_model("models:/bench-150@champion")
-    rows = [Features(**row) for row in train.generate(LINES, 7).rows.to_dict("records")]
+    rows = [Features(**row) for row in data.generate(LINES, 7).rows.to_dict("records")]
     array = TreeScore(estimator).array(rows)
     with ExitStack() as stack:
         say("starting the servers")
@@ -197,7 +198,7 @@ def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[st
 
 def write_bodies(folder: Path) -> dict[str, Path]:
     """The requests, as files. name: path"""
-    records = train.generate(LINES, 7).rows.to_dict("records")
+    records = data.generate(LINES, 7).rows.to_dict("records")
     rows = [{"transaction_id": f"tx_{number:06}", **row} for number, row in enumerate(records)]
     contents = {
         "one": json.dumps(rows[0]),
@@ -324,10 +325,10 @@ def machine() -> str:
 
 def register(trees: int) -> None:
     """A model of so many trees as champion of a name of its own."""
-    sample, name = train.generate(100_000, 0), f"bench-{trees}"
+    sample, name = data.generate(100_000, 0), f"bench-{trees}"
     pipeline = train.pipeline(trees, 0).fit(sample.rows, sample.labels)
     with mlflow.start_run():
-        reference = train.reference(sample, pipeline.predict_proba(sample.rows)[:, 1])
+        reference = data.reference(sample, pipeline.predict_proba(sample.rows)[:, 1])
         version = train.register(pipeline, train.metadata(pipeline, sample.rows, 0.5, None, reference), name)
     train.promote(name, version, None)
 
