@@ -255,17 +255,17 @@ class Split(msgspec.Struct, frozen=True):
         if self.key == KEY and self.mode == "hash":
             return np.asarray(pd.util.hash_array(_hashes(sample)) / 2.0**64 < self.test_size)
         if self.mode == "time" and sample.times is not None:
-            return sample.times > self.last
+            return np.asarray(sample.times > float(self.last or 0))
         if self.key == KEY and self.mode == "order" and sample.times is None:
             same = np.flatnonzero(_hashes(sample) == np.uint64(int(str(self.last), 16)))
             if len(same):
-                return np.arange(len(sample)) > same[-1]
+                return np.asarray(np.arange(len(sample)) > same[-1])
         raise DataError(f"which rows were seen cannot be told: split by {self.mode}, key {self.key}, to {self.last}")
 
 
 def _hashes(sample: Sample) -> np.ndarray:
     """A number for the values of each row, the same in every file and place."""
-    return pd.util.hash_pandas_object(sample.rows, index=False, hash_key=KEY).to_numpy()
+    return np.asarray(pd.util.hash_pandas_object(sample.rows, index=False, hash_key=KEY))
 
 
 def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sample, Sample, Split]:
@@ -284,6 +284,20 @@ def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sam
             found = f"{part.labels.sum():,} of {len(part):,} {name} rows are 1"
             raise DataError(f"{LABEL}: {found}: expected at least {FEWEST_IN_PART} of 0 and of 1")
     return *parts, chosen
+
+
+def drift(sample: Sample) -> dict[str, float]:
+    """The population stability index of each field, between the first and the last fifth of the rows."""
+    found, size = {}, len(sample) // 5
+    for name in sample.rows:
+        values = sample.rows[name]
+        if name != CATEGORY:
+            values = np.searchsorted(np.unique(np.quantile(values[:size], np.arange(1, 10) / 10)), values)
+        codes, kinds = pd.factorize(values)
+        before, after = (np.bincount(part, minlength=len(kinds)) + 0.5 for part in (codes[:size], codes[-size:]))
+        before, after = before / before.sum(), after / after.sum()
+        found[str(name)] = float(((after - before) * np.log(after / before)).sum())
+    return found
 
 
 # -- what travels with a model -----------------------------------------------------------------------------------------

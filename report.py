@@ -5,6 +5,7 @@ import io
 import re
 from argparse import Namespace
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,12 +19,12 @@ from scipy.stats import binomtest, chi2
 from sklearn.inspection import PartialDependenceDisplay
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
-from data import Sample
+from data import Sample, drift
 from model import CATEGORY, NUMBERS, Floats
 
 NEW, CHAMPION, BASELINE, WITHOUT_AGE = "new version", "champion", "logistic regression", "without age"
 INTERVAL = (0.05, 0.95)
-ALERT_RATES = (0.001, 0.01, 0.05)
+RATES = (0.001, 0.01, 0.05)
 MISCALIBRATED = 1.25  # expected and actual frauds of a band differ by no more than this factor, beyond noise
 FEWEST = 20  # frauds, for a figure of a segment
 TINY = 1e-9
@@ -45,6 +46,10 @@ def readable(name: str) -> str:
     return NAMES.get(name, (name[:1].upper() + name[1:]).replace("_percent", " %").replace("_", " "))
 
 
+def short(value: float) -> str:
+    return "too few" if np.isnan(value) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 # -- measures ----------------------------------------------------------------------------------------------------------
 
 
@@ -60,9 +65,10 @@ class Rule:
     limit: float
 
     def flags(self, probabilities: Floats, sample: Sample) -> np.ndarray:
-        if self.by == "threshold":
-            return probabilities >= self.limit
-        return probabilities >= np.minimum(1, self.limit / np.maximum(sample.rows["amount"].to_numpy(), TINY))
+        amounts = sample.rows["amount"].to_numpy().clip(TINY)
+        return np.asarray(
+            probabilities >= (self.limit if self.by == "threshold" else np.minimum(1, self.limit / amounts))
+        )
 
 
 @dataclass(frozen=True)
@@ -98,19 +104,20 @@ class Evidence:
         return costs_of_missing(self.held_out, self.options)
 
     def measured(self) -> pd.DataFrame:
-        """The measures as text, measures × models, with intervals where there were resamples."""
+        """The measures as text, measures × models, with the intervals of the resamples."""
         return pd.DataFrame({name: _with_interval(rounds) for name, rounds in self.rounds.items()}).rename(readable)
 
 
 def _with_interval(rounds: pd.DataFrame) -> "pd.Series[str]":
-    low, high = rounds[1:].quantile(INTERVAL).to_numpy()
-    ends = [f" [{a:.3g}, {b:.3g}]" if len(rounds) > 1 else "" for a, b in zip(low, high, strict=True)]
-    return pd.Series([f"{v:.3g}{end}" for v, end in zip(rounds.iloc[0], ends, strict=True)], rounds.columns)
+    ends = rounds[1:].quantile(INTERVAL).to_numpy()
+    texts = [map(short, values) for values in (rounds.iloc[0], *ends)]
+    return pd.Series([f"{v} [{low}, {high}]" for v, low, high in zip(*texts, strict=True)], rounds.columns)
 
 
 def costs_of_missing(sample: Sample, options: Namespace) -> Floats:
     """What each row would cost if it were missed: nothing where it is no fraud."""
-    return sample.labels * (sample.rows["amount"].to_numpy() if options.cost_missed is None else options.cost_missed)
+    amounts = sample.rows["amount"].to_numpy() if options.cost_missed is None else options.cost_missed
+    return np.asarray(sample.labels * amounts, np.float64)
 
 
 def cost_of(flagged: np.ndarray, missed: Floats, review: float) -> float:
@@ -130,19 +137,18 @@ def cost_curve(probabilities: Floats, missed: Floats, review: float) -> tuple[Fl
     return thresholds[::-1], missed.sum() - caught + review * alerts, alerts
 
 
-def measures(labels: np.ndarray, probabilities: Floats, flagged: np.ndarray, missed: Floats, review: float) -> Any:
+def measures(labels: Any, scores: Floats, flagged: Any, missed: Floats, review: float) -> dict[str, float]:
     """All that is said of a model, of rows in falling order of probability; costs are for 1,000 transactions."""
     frauds, hits = labels.sum(), labels[flagged].sum()
-    first = {f"recall_at_{rate * 100:g}_percent": labels[: round(rate * len(labels))].sum() for rate in ALERT_RATES}
     found = {
-        "average_precision": average_precision_score(labels, probabilities),
-        "roc_auc": roc_auc_score(labels, probabilities),
-        "log_loss": log_loss(labels, probabilities, labels=[0, 1]),
-        "brier_score": brier_score_loss(labels, probabilities),
+        "average_precision": average_precision_score(labels, scores),
+        "roc_auc": roc_auc_score(labels, scores),
+        "log_loss": log_loss(labels, scores, labels=[0, 1]),
+        "brier_score": brier_score_loss(labels, scores),
         "recall": hits / frauds,
         "precision": hits / max(flagged.sum(), 1),
         "alert_rate": flagged.mean(),
-        **{name: caught / frauds for name, caught in first.items()},
+        **{f"recall_at_{100 * rate:g}_percent": labels[: round(rate * len(labels))].sum() / frauds for rate in RATES},
         "cost": cost_of(flagged, missed, review),
         "cost_of_flagging_nothing": 1000 * missed.sum() / len(labels),
     }
@@ -162,8 +168,8 @@ def bootstrap(models: list[Scored], sample: Sample, options: Namespace, resample
         times, found = np.bincount(drawn, minlength=size), []
         for model, order in zip(models, orders, strict=True):
             rows = np.repeat(order, times[order])
-            columns = [each[rows] for each in (sample.labels, model.probabilities, model.flagged, missed)]
-            found.append(measures(*columns, options.cost_review))
+            labels, scores, flagged = sample.labels[rows], model.probabilities[rows], model.flagged[rows]
+            found.append(measures(labels, scores, flagged, missed[rows], options.cost_review))
         return found
 
     rounds = Parallel(-1, require="sharedmem")(map(delayed(measured), range(resamples + 1)))
@@ -194,18 +200,15 @@ def bands(model: Scored, sample: Sample) -> pd.DataFrame:
 
 def business(rounds: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """What the measures mean for 100,000 transactions a day: the champion, the new version, and the change."""
-    columns = {}
-    for name in [name for name in (CHAMPION, NEW) if name in rounds]:
-        of = rounds[name].iloc[0]
-        alerts, frauds = of["alert_rate"] * 1e5, of["alert_rate"] * of["precision"] * 1e5
-        saved = (of["cost_of_flagging_nothing"] - of["cost"]) * 100
-        columns[name] = np.array([alerts, frauds, saved, 10 * (alerts - frauds) / max(frauds, TINY)])
-    if CHAMPION in columns:
-        columns["change"] = columns[NEW] - columns[CHAMPION]
-    lines = ["Alerts", "Frauds caught", "Money saved, against flagging nothing", "False alerts per 10 frauds caught"]
-    return pd.DataFrame(
-        {name: [f"{v:{'+' * (name == 'change')},.0f}" for v in columns[name]] for name in columns}, lines
-    )
+    of = pd.DataFrame({name: rounds[name].iloc[0] for name in (CHAMPION, NEW) if name in rounds}).T
+    alerts, frauds = of["alert_rate"] * 1e5, of["alert_rate"] * of["precision"] * 1e5
+    lines = {"Alerts": alerts, "Frauds caught": frauds}
+    lines["Money saved, against flagging nothing"] = (of["cost_of_flagging_nothing"] - of["cost"]) * 100
+    lines["False alerts per 10 frauds caught"] = 10 * (alerts - frauds) / frauds.clip(lower=TINY)
+    table = pd.DataFrame(lines).T
+    if CHAMPION in table:
+        return table.map("{:,.0f}".format).assign(change=(table[NEW] - table[CHAMPION]).map("{:+,.0f}".format))
+    return table.map("{:,.0f}".format)
 
 
 def decisions(of: Evidence) -> pd.DataFrame:
@@ -218,10 +221,10 @@ def decisions(of: Evidence) -> pd.DataFrame:
     for name, rule in (rules | {"flag nothing": Rule("threshold", np.inf)}).items():
         flagged = rule.flags(scores, of.held_out)
         counts = (flagged & fraud, ~flagged & fraud, flagged & ~fraud, ~flagged & ~fraud)
-        texts = [f"{rule.by.replace('_', ' ')} {rule.limit:.4g}", *(f"{count.sum():,}" for count in counts)]
-        found[name] = [*texts, f"{cost_of(flagged, missed, of.options.cost_review):,.4g}"]
+        paid = cost_of(flagged, missed, of.options.cost_review)
+        found[name] = [rule.limit, *(count.sum() for count in counts), paid]
     columns = ["limit", "frauds flagged", "frauds missed", "genuine flagged", "genuine passed", "cost per 1,000"]
-    return pd.DataFrame.from_dict(found, orient="index", columns=columns)
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns).map(short)
 
 
 def shares(hits: Any, of: Any, few: Any) -> list[str]:
@@ -247,7 +250,7 @@ def segments(of: Evidence) -> pd.DataFrame:
     columns = {"rows": 1, "frauds": fraud, "expected": new.probabilities, "alerts": new.flagged}
     columns |= {"hits": new.flagged & fraud, "alerts_": ageless.flagged, "hits_": ageless.flagged & fraud}
     each = pd.DataFrame(columns).astype(float)
-    t = pd.concat({name: each.groupby(np.asarray(group), observed=True).sum() for name, group in groups.items()})
+    t = pd.concat({name: each.groupby(getattr(of, "array", of), observed=True).sum() for name, of in groups.items()})
     few, genuine = t.frauds < FEWEST, t["rows"] - t.frauds
     table = {
         **{name: t[name].map("{:,.0f}".format) for name in ("rows", "frauds", "expected")},
@@ -262,7 +265,7 @@ def segments(of: Evidence) -> pd.DataFrame:
 
 
 def _cut(values: Any, edges: Any) -> Any:
-    names = [f"{a:,.0f} to {b - 1:,.0f}" for a, b in zip(edges, edges[1:], strict=False)]
+    names = [f"{a:,.0f} to {b - 1:,.0f}" for a, b in pairwise(edges)]
     return pd.cut(values, edges, right=False, labels=names)
 
 
@@ -274,30 +277,10 @@ def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame
     flagged, found = rule.flags(probabilities, sample), {}
     for name, at in pd.Series(period).groupby(period).indices.items():
         p, labels = probabilities[at], sample.labels[at]
-        found[name] = {
-            "rows": f"{len(at):,}",
-            "average precision": f"{average_precision_score(labels, p):.3f}" if labels.sum() >= FEWEST else "too few",
-            "alert rate": f"{flagged[at].mean():.2%}",
-            "frauds expected": f"{p.sum():,.0f}",
-            "frauds": f"{labels.sum():,}",
-        }
-    return pd.DataFrame.from_dict(found, orient="index")
-
-
-def drift(sample: Sample) -> pd.DataFrame:
-    """The population stability index of each field between the first and the last fifth of the rows."""
-    found, size = {}, len(sample) // 5
-    for name in sample.rows:
-        values = sample.rows[name]
-        if name == CATEGORY:
-            codes = pd.factorize(values)[0]
-        else:
-            codes = np.searchsorted(np.unique(np.quantile(values[:size], np.arange(1, 10) / 10)), values)
-        counts = (np.bincount(part, minlength=codes.max() + 1) + 0.5 for part in (codes[:size], codes[-size:]))
-        before, after = (each / each.sum() for each in counts)
-        index = ((after - before) * np.log(after / before)).sum()
-        found[readable(name)] = f"{index:.3f}" + ", moderate" * (0.1 <= index < 0.25) + ", large" * (index >= 0.25)
-    return pd.DataFrame({"PSI": found})
+        precision = average_precision_score(labels, p) if labels.sum() >= FEWEST else np.nan
+        found[name] = [len(at), precision, 100 * flagged[at].mean(), p.sum(), labels.sum()]
+    columns = ["rows", "average precision", "alert rate, %", "frauds expected", "frauds"]
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns).map(short)
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
@@ -306,6 +289,7 @@ def drift(sample: Sample) -> pd.DataFrame:
 COLORS = {NEW: "#d9480f", CHAMPION: "#2b7fd4", BASELINE: "#7d858c", WITHOUT_AGE: "#2f9e44"}
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "savefig.transparent": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE |= {"axes.prop_cycle": "cycler('color', ['d9480f'])"}
 
 
 def draw_alerts(on: Any, of: Evidence) -> None:
@@ -351,12 +335,12 @@ def draw_effect(on: Any, of: Evidence, name: str) -> None:
     """Partial dependence (Friedman 2001), of numbers with the curves of 50 transactions (Goldstein et al. 2015)."""
     rows = of.held_out.evenly(500).rows.astype(dict.fromkeys(NUMBERS, float))
     rows = rows[rows[CATEGORY].isin(rows[CATEGORY].value_counts().index[:15])]
-    drawn = {"ice_lines_kw": {"color": COLORS[BASELINE], "alpha": 0.3}, "pd_line_kw": {"color": COLORS[NEW]}}
-    drawn |= (
-        {"kind": "both", "subsample": 50, "random_state": 0} if name != CATEGORY else {"categorical_features": [name]}
-    )
+    drawn: Any = {"categorical_features": [name]}
+    if name != CATEGORY:
+        drawn = {"kind": "both", "subsample": 50, "random_state": 0, "ice_lines_kw": {"color": COLORS[BASELINE]}}
+        drawn["pd_line_kw"] = {"color": COLORS[NEW], "linestyle": "-"}
     shown = PartialDependenceDisplay.from_estimator(of.pipeline, rows, [name], grid_resolution=30, ax=on, **drawn)
-    shown.axes_[0, 0].set(xlabel=readable(name), ylabel="probability of fraud")
+    shown.axes_[0, 0].set(xlabel=readable(name), ylabel="probability of fraud", ylim=(0, None))
 
 
 def svg(title: str, described: str, draw: Any, *given: Any) -> str:
@@ -377,7 +361,7 @@ def svg(title: str, described: str, draw: Any, *given: Any) -> str:
 def grid(title: str, table: pd.DataFrame) -> str:
     """A table that can be scrolled where it is too wide, also with the keyboard; intervals stay on one line."""
     opening = f'<div class="wide" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
-    body = table.to_html(border=0).partition(">")[2]
+    body = table.to_html(border=0, sparsify=False).partition(">")[2]
     return opening + re.sub(r"(\[[^],]+,) | (%)", r"\1&nbsp;\2", body) + "</div>"
 
 
@@ -399,50 +383,36 @@ def card(of: Evidence) -> dict[str, str]:
 
 
 def stability(of: Evidence) -> str:
-    if not (of.options.in_order or of.options.time_column):
+    if not of.options.by_time:
         return '<p class="warning">Stability over time is unknown: the rows were not held out by time.</p>'
     rule, (rows, scores) = of.rules[of.options.decide_by], of.validated
-    before = by_period(rows, scores, rule)
-    after = by_period(of.held_out, of.models[NEW].probabilities, rule)
-    return (
-        grid("Training rows, scored by models fitted to earlier ones", before)
-        + grid("Rows held out", after)
-        + grid("Change of each field from the first to the last fifth of the rows", drift(of.sample))
-    )
+    before, after = by_period(rows, scores, rule), by_period(of.held_out, of.models[NEW].probabilities, rule)
+    change = pd.DataFrame({"population stability index": drift(of.sample)}).map(short).rename(readable)
+    held_out = grid("Rows held out", after) + grid("Change from the first to the last fifth of the rows", change)
+    return grid("Training rows, scored by models fitted to earlier ones", before) + held_out
 
 
 def page(of: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
     """One HTML page with everything in it."""
-    calibration = {name: bands(of.models[name], of.held_out) for name in (NEW, CHAMPION) if name in of.models}
-    shown = [name for name in (CHAMPION, NEW, BASELINE) if name in of.models]
+    compared = [name for name in (CHAMPION, NEW, BASELINE) if name in of.models]
+    by_band = {name: bands(of.models[name], of.held_out) for name in compared if name != BASELINE}
     parts = {
-        "title": html.escape(title),
-        "verdict": html.escape(verdict),
         "checks": "".join(f"<li>{html.escape(check)}</li>" for check in checks),
         "notes": "".join(f'<p class="warning">{html.escape(note)}</p>' for note in of.sample.notes),
         "business": grid("For 100,000 transactions a day", business(of.rounds)),
-        "few": grid("Measures on the rows held out", of.measured().iloc[[0, 4, 5, 6, 10]][shown]),
+        "few": grid("Measures on the rows held out", of.measured().iloc[[0, 4, 5, 6, 10]][compared]),
         "alerts": svg("Frauds caught by alerts", "The points are where the models work.", draw_alerts, of),
         "card": listed(card(of)),
         "decisions": grid("Both rules on the rows held out", decisions(of)),
-        "costs": svg(
-            "Cost of every threshold",
-            "The vertical line is the threshold, the dashed one expected cost.",
-            draw_cost,
-            of,
-        ),
-        "bands": "".join(
-            grid(f"Frauds by band, {name}", table.map("{:,.4g}".format)) for name, table in calibration.items()
-        ),
-        "calibration": svg(
-            "Actual frauds for each expected one", "On the line probabilities are true.", draw_bands, calibration
-        ),
+        "costs": svg("Cost of every threshold", "Lines: the threshold, and what expected cost costs.", draw_cost, of),
+        "bands": "".join(grid(f"Frauds by band, {name}", each.map(short)) for name, each in by_band.items()),
+        "calibration": svg("Actual frauds for each expected one", "On the line they agree.", draw_bands, by_band),
         "segments": grid("Segments of the rows held out", segments(of)),
         "effects": "".join(svg(readable(name), "", draw_effect, of, name) for name in of.held_out.rows),
         "stability": stability(of),
         "measures": grid("Measures on the rows held out", of.measured()),
         "made": listed({readable(name): fact for name, fact in made.items()}),
-        "factor": str(MISCALIBRATED),
-        "fewest": str(FEWEST),
     }
-    return Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(parts)
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    title, verdict = html.escape(title), html.escape(verdict)
+    return template.substitute(parts, title=title, verdict=verdict, factor=MISCALIBRATED, fewest=FEWEST)

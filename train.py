@@ -89,22 +89,16 @@ if __name__ == "__main__":  # before the libraries are imported: they read the e
 import hashlib
 import platform
 import shlex
-import shutil
 import time
 import warnings
-from dataclasses import replace
 from importlib.metadata import version as installed
 from pathlib import Path
 
 import mlflow
 import msgspec
 import numpy as np
-import pandas as pd
 from joblib import Parallel, delayed
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
 from scipy.stats import loguniform
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -117,25 +111,25 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import report
 from data import FEWEST_IN_PART, LABEL, DataError, Sample, Split, between, generate, read, reference, split
-from model import CATEGORY, SIGNATURE, Features, Golden, Metadata, Model, ModelError, Reference, fetch, load, new_folder
+from model import CATEGORY, Features, Model, ModelError
 from report import BASELINE, CHAMPION, NEW, WITHOUT_AGE, Evidence, Rule, Scored, readable
+from versions import (
+    aliases,
+    as_served,
+    champion_of,
+    check_release,
+    metadata,
+    promote,
+    register,
+    rollback,
+    say,
+    use_experiment,
+)
 
-PREVIOUS = "previous"
-# What skops asks to trust in a pipeline of HistGradientBoosting.
-SKOPS_TYPES = [
-    "functools.partial",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-    "sklearn.utils.validation.check_array",
-]
-GOLDEN_ROWS = 8
 SEARCH_ROWS = 200_000
 FOLDS = 3
 RESAMPLES = 100
 MOST_ENCODED = 254  # categories that the trees tell apart: HistGradientBoosting takes 255 values
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -227,154 +221,27 @@ def review_cost(probabilities: np.ndarray, sample: Sample, options: argparse.Nam
 
 
 def gate(of: Evidence, champion: str | None) -> tuple[bool, list[str]]:
-    """Whether the new version may become champion, and why; a first one has to be better than a logistic regression.
+    """Whether the new version may become champion, and what was checked; `champion` is the champion's version number.
 
-    Beyond noise is in 95 % of the resamples. `champion` is the champion's version number.
+    Beyond noise is in 95 % of the resamples. A first champion has to be better than a logistic regression.
     """
     if champion and CHAMPION not in of.models:
         return False, [f"NOT compared with version {champion}, the champion"]
     new, other = of.rounds[NEW], of.rounds[CHAMPION if champion else BASELINE]
     gains = (new - other)[["average_precision", "cost"]]
     low, high = gains[1:].quantile(report.INTERVAL).to_numpy()
-    precise, dear = (f"{v:+.3g} [{a:+.3g}, {b:+.3g}]" for v, a, b in zip(gains.iloc[0], low, high, strict=True))
+    gain, dearer = (f"{v:+.3g} [{a:+.3g}, {b:+.3g}]" for v, a, b in zip(gains.iloc[0], low, high, strict=True))
     factor = report.bands(of.models[NEW], of.held_out)["factor"].max()
-    saved = new["cost_of_flagging_nothing"][0] - new["cost"][0]
-    checks = [
-        (
-            factor <= report.MISCALIBRATED,
-            f"calibrated: actual frauds are within {report.MISCALIBRATED}× of the expected ones",
-            f"{factor:.2f}×",
-        )
-    ]
+    off = f"{factor:.2f}× apart beyond noise in the worst band, accepted up to {report.MISCALIBRATED}×"
+    checks = [(factor <= report.MISCALIBRATED, f"calibrated: expected and actual frauds are {off}")]
     if champion:
-        checks.append((low[0] > 0, f"more precise than version {champion} beyond noise: average precision", precise))
-        checks.append((low[1] <= 0, f"no dearer than version {champion} beyond noise: cost per 1,000", dear))
+        checks.append((low[0] > 0, f"more precise than version {champion} beyond noise: average precision {gain}"))
+        checks.append((low[1] <= 0, f"as cheap as version {champion} within noise: cost per 1,000 {dearer}"))
     else:
-        checks.append((gains.iloc[0, 0] > 0, f"more precise than a {BASELINE}: average precision", precise))
-        checks.append((saved > 0, "cheaper than flagging nothing: saves per 1,000", f"{saved:.4g}"))
-    return all(right for right, *_ in checks), [
-        f"{'' if right else 'NOT '}{what} {figure}" for right, what, figure in checks
-    ]
-
-
-# -- the registry ------------------------------------------------------------------------------------------------------
-
-
-def use_experiment(name: str, tracking_uri: str) -> None:
-    """Log to the experiment `name`; with a local database, keep the artifacts beside it."""
-    if tracking_uri.startswith("sqlite:///"):
-        database = Path(tracking_uri.removeprefix("sqlite:///")).absolute()
-        folder = database.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        if not database.exists():  # made aside and moved: MLflow cannot go on with one that it was stopped in making
-            MlflowClient(f"sqlite:///{database}.new").search_experiments()
-            Path(f"{database}.new").rename(database)
-        if mlflow.get_experiment_by_name(name) is None:
-            mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
-    mlflow.set_experiment(name)
-
-
-def aliases(name: str) -> dict[str, str]:
-    """The aliases of a registered model and their version numbers; {} where there is no such model."""
-    found = MlflowClient().search_registered_models(f"name='{name}'")
-    return {alias: str(number) for model in found for alias, number in model.aliases.items()}
-
-
-def metadata(
-    model: Pipeline,
-    rows: pd.DataFrame,
-    limit: float,
-    measured: dict[str, float] | None = None,
-    reference: Reference | None = None,
-    by: str = "threshold",
-) -> Metadata:
-    """What goes with a model: also a handful of rows, from the least to the most suspicious, with their scores."""
-    scores = model.predict_proba(rows)[:, 1]
-    chosen = np.argsort(scores)[np.linspace(0, len(scores) - 1, GOLDEN_ROWS).astype(int)]
-    golden = [Golden(**rows.iloc[index].to_dict(), fraud_probability=float(scores[index])) for index in chosen]
-    return Metadata(**{by: limit}, golden=golden, metrics=measured or {}, reference=reference)
-
-
-def register(
-    model: Pipeline, travelling: Metadata, name: str, tags: dict[str, str] | None = None, description: str = ""
-) -> str:
-    """Log a model with all that the service asks of it and register it; return its version number."""
-    logged = mlflow.sklearn.log_model(
-        model,
-        name="model",
-        signature=ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE])),
-        metadata=msgspec.to_builtins(travelling),
-        pyfunc_predict_fn="predict_proba",
-        serialization_format="skops",
-        skops_trusted_types=SKOPS_TYPES,
-        pip_requirements=mlflow.sklearn.get_default_pip_requirements(include_skops=True),  # guessing them takes seconds
-    )
-    version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
-    MlflowClient().update_model_version(name, version, description)
-    return version
-
-
-def promote(name: str, version: str, champion: str | None) -> None:
-    """Move the alias from the champion that the version was compared with. Raises `ModelError` if it has moved."""
-    now = aliases(name).get(CHAMPION)
-    if now != champion:
-        raise ModelError(f"version {version} is not promoted: the champion is version {now} by now, not {champion}")
-    if champion:
-        MlflowClient().set_registered_model_alias(name, PREVIOUS, champion)
-    MlflowClient().set_registered_model_alias(name, CHAMPION, version)
-    say(f"{name}: champion is version {version}" + (f", previous is version {champion}" if champion else ""))
-
-
-def rollback(name: str) -> int:
-    """Exchange champion and previous; gives the exit status. Raises `ModelError` if there are not both."""
-    found = aliases(name)
-    if not {CHAMPION, PREVIOUS} <= {*found}:
-        raise ModelError(f"{name} has no version to roll back to: its aliases are {found or 'none'}")
-    MlflowClient().set_registered_model_alias(name, CHAMPION, found[PREVIOUS])
-    MlflowClient().set_registered_model_alias(name, PREVIOUS, found[CHAMPION])
-    say(f"{name}: champion is version {found[PREVIOUS]} again, previous is version {found[CHAMPION]}")
-    return 0
-
-
-def as_served(name: str, number: str, config: Config) -> Model:
-    """A version, fetched, checked and loaded as the service does it. Raises `ModelError`."""
-    wanted = replace(config, model_sha256=None, fraud_threshold=None)
-    folder = new_folder(config.memory_dir)
-    try:
-        return load(fetch(wanted, folder / number, name, number, None), wanted)
-    finally:
-        shutil.rmtree(folder)
-
-
-def champion_of(
-    options: argparse.Namespace, config: Config, sample: Sample, held_out: Sample
-) -> tuple[str | None, Model | None, Sample]:
-    """The champion's number; itself, if it can be compared with; the rows that neither has seen. Raises `ModelError`."""
-    number = aliases(options.name).get(CHAMPION)
-    if number is None:
-        return None, None, held_out
-    try:
-        if not (tag := MlflowClient().get_model_version(options.name, number).tags.get("split")):
-            raise DataError("it has no record of the rows it was trained on (tag split)")
-        unseen = sample.take(msgspec.json.decode(tag, type=Split).unseen(sample))
-        both = held_out.take(held_out.rows.index.isin(unseen.rows.index))
-        if both.labels.sum() < FEWEST_IN_PART:
-            raise DataError(f"of {len(both):,} rows that neither has seen {both.labels.sum()} are fraud")
-        say(f"comparing with version {number} on {len(both):,} of {len(held_out):,} rows held out, unseen by both")
-        return number, as_served(options.name, number, config), both
-    except (ModelError, DataError) as error:
-        why = f"version {number}, the champion, cannot be compared with: {error}"
-        if options.promote == "if-better":
-            raise ModelError(f"{why}; see --promote") from None
-        say(why)
-        return number, None, held_out
-
-
-def check_release(options: argparse.Namespace) -> None:
-    """A release is one version, for predictions are signed with it. Raises `ModelError`."""
-    for version in MlflowClient().search_model_versions(f"name='{options.name}'") if options.release else ():
-        if version.tags.get("release") == options.release:
-            raise ModelError(f"release {options.release} is version {version.version} of {options.name} already")
+        saved = new["cost_of_flagging_nothing"][0] - new["cost"][0]
+        checks.append((gains.iloc[0, 0] > 0, f"more precise than a {BASELINE}: average precision {gain}"))
+        checks.append((saved > 0, f"cheaper than flagging nothing: {saved:,.0f} saved per 1,000"))
+    return all(right for right, _ in checks), ["NOT " * (not right) + what for right, what in checks]
 
 
 # -- from start to end -------------------------------------------------------------------------------------------------
@@ -399,41 +266,33 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
     return found, {BASELINE: baseline, WITHOUT_AGE: ageless}
 
 
-def score(models: dict[str, Any], rules: dict[str, Rule], held_out: Sample) -> dict[str, Scored]:
-    """What the models say of the hold-out; those without a rule are cut at the alert rate of the new version."""
-    found: dict[str, Scored] = {}
-    for name, model in models.items():
-        rows = held_out.rows.assign(user_age=0) if name == WITHOUT_AGE else held_out.rows
-        if isinstance(model, Model):
-            features = [Features(*row) for row in rows.itertuples(index=False, name=None)]
-            scores = np.concatenate([model.score(features[at : at + 10_000]) for at in range(0, len(features), 10_000)])
-        else:
-            scores = model.predict_proba(rows)[:, 1]
-        like_new = Rule("threshold", float(np.quantile(scores, 1 - found[NEW].flagged.mean()))) if found else None
-        found[name] = Scored(name, scores, (rules.get(name) or like_new).flags(scores, held_out))
-    return found
+def scores_of(model: Any, held_out: Sample) -> np.ndarray:
+    """Probabilities of the rows held out, of a `Model` as the service would answer, 10,000 rows at a time."""
+    if not isinstance(model, Model):
+        return np.asarray(model.predict_proba(held_out.rows)[:, 1])
+    rows = [Features(*row) for row in held_out.rows.itertuples(index=False, name=None)]
+    return np.concatenate([model.score(rows[at : at + 10_000]) for at in range(0, len(rows), 10_000)])
 
 
 def evaluate(
     options: argparse.Namespace, sample: Sample, training: Sample, held_out: Sample, champion: Model | None
 ) -> Evidence:
-    """Search, fit, and measure all models on the hold-out."""
+    """Search, fit, and measure all models on the hold-out, those without a rule at the new version's alert rate."""
     found, others = fit(training, options)
-    models, rules = {NEW: found["pipeline"]}, {NEW: found["rules"][options.decide_by]}
+    scores = {NEW: scores_of(found["pipeline"], held_out)}
+    models = {NEW: Scored(NEW, scores[NEW], found["rules"][options.decide_by].flags(scores[NEW], held_out))}
     if champion:
-        inside, models[CHAMPION] = msgspec.to_builtins(champion.metadata), champion
+        inside, scores[CHAMPION] = msgspec.to_builtins(champion.metadata), scores_of(champion, held_out)
         by = "threshold" if inside.get("review_cost") is None else "review_cost"
-        rules[CHAMPION] = Rule(by, inside[by])
-    scored = score(models | others, rules, held_out)
+        models[CHAMPION] = Scored(CHAMPION, scores[CHAMPION], Rule(by, inside[by]).flags(scores[CHAMPION], held_out))
+    scores = {name: scores_of(model, held_out) for name, model in others.items()}
+    scores |= {} if held_out.truth is None else {"best reachable": held_out.truth}
+    rate = models[NEW].flagged.mean()
+    models |= {name: Scored(name, each, each > np.quantile(each, 1 - rate)) for name, each in scores.items()}
     say(f"measuring on {len(held_out):,} rows held out and {RESAMPLES} resamples of them")
-    rounds = report.bootstrap([scored[name] for name in scored if name != WITHOUT_AGE], held_out, options, RESAMPLES)
-    exact = [scored[WITHOUT_AGE]]
-    if held_out.truth is not None:
-        most = np.quantile(held_out.truth, 1 - scored[NEW].flagged.mean())
-        exact.append(Scored("best reachable", held_out.truth, held_out.truth > most))
-    rounds |= report.bootstrap(exact, held_out, options, 0)
-    parts = {"options": options, "sample": sample, "training": training, "held_out": held_out}
-    return Evidence(**parts, **found, models=scored, rounds=rounds)
+    rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
+    parts: dict[str, Any] = {"options": options, "sample": sample, "training": training, "held_out": held_out}
+    return Evidence(**parts, **found, models=models, rounds=rounds)
 
 
 def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_out: Sample) -> dict[str, Any]:
@@ -481,8 +340,8 @@ def run(options: argparse.Namespace, config: Config) -> int:
         of = evaluate(options, sample, training, held_out, champion)
         passed, checks = gate(of, number)
         promoted = options.promote == "always" or (options.promote == "if-better" and passed)
-        verdict = f"{'Promoted' if promoted else 'Not promoted'}: the gate {'passed' if passed else 'failed'}"
-        verdict += f" (--promote {options.promote})"
+        fulfilled = f"{sum(not check.startswith('NOT') for check in checks)} of the gate's {len(checks)} checks passed"
+        verdict = f"{'Promoted' if promoted else 'Not promoted'} with --promote {options.promote}: {fulfilled}"
         print(of.measured().to_string(), verdict, *checks, sep="\n", flush=True)
         version = publish(of, how, passed, "; ".join([verdict, *checks]))
         log_report(of, version, verdict, checks, given)
@@ -490,7 +349,6 @@ def run(options: argparse.Namespace, config: Config) -> int:
     if promoted:
         promote(options.name, version, number)
         return 0
-    say(f"{options.name} version {version} is registered, and not promoted")
     return 0 if options.promote == "never" else NOT_PROMOTED
 
 
@@ -499,7 +357,7 @@ def publish(of: Evidence, how: Split, passed: bool, verdict: str) -> str:
     say("registering")
     options, rule, measured = of.options, of.rules[of.options.decide_by], of.rounds[NEW].iloc[0].to_dict()
     numbers = reference(of.training, of.models[NEW].probabilities)
-    inside = metadata(of.pipeline, of.held_out.rows, rule.limit, measured, numbers, rule.by)
+    inside = metadata(of.pipeline, of.held_out.rows, rule, measured, numbers)
     tags = {name: str(getattr(options, name)) for name in ("release", "promote", "decide_by", "owner", "approver")}
     tags |= {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
     if options.promote == "always" and not passed:
@@ -520,8 +378,9 @@ def log_report(of: Evidence, version: str, verdict: str, checks: list[str], give
     limits = {rule.by: rule.limit for rule in of.rules.values()}
     mlflow.log_params(of.settings | limits)
     run, server = mlflow.active_run().info, without_credentials(mlflow.get_tracking_uri())  # type: ignore[union-attr]
-    address = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
-    made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": address, **of.settings, **limits, **given}
+    page = f"{server}/#/experiments/{run.experiment_id}/runs/" if server.startswith("http") else ""
+    made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": page + run.run_id}
+    made |= of.settings | limits | {name: value for name, value in given.items() if value is not None}
     title = f"{of.options.name} version {version}, {time.strftime('%Y-%m-%d')}"
     mlflow.log_text(report.page(of, title, verdict, checks, made), "report.html")
     say(f"report: {without_credentials(mlflow.get_artifact_uri())}/report.html")
