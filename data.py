@@ -31,6 +31,7 @@ TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
 FEWEST = 100  # rows of either class, to train and measure on
 FEWEST_IN_PART = 10
 MOST_CATEGORIES = 1000  # that monitoring knows; more look like a list of merchants, not of their kinds
+MOST_ENCODED = 254  # categories that the trees tell apart: HistGradientBoosting takes 255 values
 KEY = "fraud-api split1"  # of the hash, 16 bytes: another key, or another hash in pandas, holds out other rows
 
 Column = Any  # of a pandas DataFrame
@@ -165,8 +166,10 @@ def _keeps(column: Column, rule: dict[str, Any]) -> Column:
 
 def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[str]:
     """What is not wrong, but may make the figures worthless."""
-    if (kinds := rows[CATEGORY].nunique()) > MOST_CATEGORIES:
-        yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not like categories"
+    if (kinds := rows[CATEGORY].nunique()) > MOST_ENCODED:
+        yield f"{kinds:,} values of {CATEGORY}: the {kinds - MOST_ENCODED + 1:,} rarest are taken as one"
+    if kinds > MOST_CATEGORIES:
+        yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not kinds"
     others = [] if ordered else [str(name) for name in table.columns if name not in RULES]
     if found := [name for name in others if re.search(TIME_NAME, name) or _dates(table[name].head(1000))]:
         yield (

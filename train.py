@@ -109,8 +109,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from sqlalchemy.exc import SQLAlchemyError
 
+import data
 import report
-from data import FEWEST_IN_PART, LABEL, DataError, Sample, Split, between, generate, read, reference, split
+from data import LABEL, DataError, Sample, Split
 from model import CATEGORY, Features, Model, ModelError
 from report import BASELINE, CHAMPION, NEW, WITHOUT_AGE, Evidence, Rule, Scored, readable
 from versions import (
@@ -128,8 +129,8 @@ from versions import (
 
 SEARCH_ROWS = 200_000
 FOLDS = 3
+MARGIN = 0.003  # of average precision: less is chance in a search
 RESAMPLES = 100
-MOST_ENCODED = 254  # categories that the trees tell apart: HistGradientBoosting takes 255 values
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -154,17 +155,17 @@ def pipeline(trees: int, seed: int, parameters: dict[str, Any] = START[0]) -> Pi
 
     Of more than 254 categories the rare ones are one; unknown ones are missing values.
     """
-    category = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=np.nan, max_categories=MOST_ENCODED)
-    trees_ = {"max_iter": trees, "early_stopping": False, "random_state": seed, "categorical_features": [0]}
-    return make_pipeline(
-        make_column_transformer((category, [CATEGORY]), remainder="passthrough"),
-        HistGradientBoostingClassifier(**trees_ | parameters),
+    category = OrdinalEncoder(
+        handle_unknown="use_encoded_value", unknown_value=np.nan, max_categories=data.MOST_ENCODED
     )
+    columns = make_column_transformer((category, [CATEGORY]), remainder="passthrough")
+    fixed = {"max_iter": trees, "early_stopping": False, "random_state": seed, "categorical_features": [0]}
+    return make_pipeline(columns, HistGradientBoostingClassifier(**fixed | parameters))
 
 
 def logistic_regression() -> Pipeline:
     """What the trees have to be better than."""
-    encoder = OneHotEncoder(handle_unknown="infrequent_if_exist", max_categories=MOST_ENCODED)
+    encoder = OneHotEncoder(handle_unknown="infrequent_if_exist", max_categories=data.MOST_ENCODED)
     columns = make_column_transformer((encoder, [CATEGORY]), remainder=StandardScaler())
     return make_pipeline(columns, LogisticRegression(max_iter=1000))
 
@@ -172,14 +173,15 @@ def logistic_regression() -> Pipeline:
 def search(sample: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], Sample, np.ndarray]:
     """The settings with the best average precision in cross-validation; and rows, with scores of models without them.
 
-    By time a fold is later than what it is fitted to. Of more rows than `SEARCH_ROWS` evenly chosen ones are taken.
-    Folds run side by side, each in one thread: with two threads for one fold the same takes more CPU time.
+    A random setting has to be better in every fold, by `MARGIN` in the mean, so that the outcome is no lottery. By time
+    a fold is later than what it is fitted to. Of more rows than `SEARCH_ROWS` evenly chosen ones are taken. Folds run
+    side by side, each in one thread: with two threads for one fold the same takes more CPU time.
     """
     random = ParameterSampler(SPACE, max(options.budget - len(START), 0), random_state=options.seed)
     candidates, few = [*START, *random], sample.evenly(SEARCH_ROWS)
-    shuffled = StratifiedKFold(FOLDS, shuffle=True, random_state=options.seed)
-    every = (TimeSeriesSplit(FOLDS) if options.by_time else shuffled).split(few.rows, few.labels)
-    folds = [fold for fold in every if all(few.labels[rows].sum() >= FEWEST_IN_PART for rows in fold)]
+    splitter = TimeSeriesSplit(FOLDS) if options.by_time else StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    every = splitter.split(few.rows, few.labels)
+    folds = [fold for fold in every if all(few.labels[rows].sum() >= data.FEWEST_IN_PART for rows in fold)]
     if not folds:
         raise DataError(f"{LABEL}: too few of the earlier rows are 1 to validate on later ones")
 
@@ -188,14 +190,16 @@ def search(sample: Sample, options: argparse.Namespace) -> tuple[dict[str, Any],
         return model.predict_proba(few.rows.iloc[others])[:, 1]
 
     jobs = (delayed(scored)(settings, *fold) for settings in candidates for fold in folds)
-    done, best = Parallel(-1, require="sharedmem", return_as="generator")(jobs), (-1.0, START[0], np.empty(0))
-    for number, settings in enumerate(candidates, 1):
-        found = [(next(done), few.labels[rows]) for _, rows in folds]
-        mean = float(np.mean([average_precision_score(labels, scores) for scores, labels in found]))
+    done, best, taken, scores = Parallel(-1, require="sharedmem", return_as="generator")(jobs), np.zeros(1), {}, []
+    for number, settings in enumerate(candidates):
+        found = [next(done) for _ in folds]
+        each = [average_precision_score(few.labels[rows], p) for (_, rows), p in zip(folds, found, strict=True)]
         shown = ", ".join(f"{readable(name).lower()} {value:.3g}" for name, value in settings.items())
-        say(f"search {number}/{len(candidates)}: average precision {mean:.4f} with {shown}")
-        best = max(best, (mean, settings, np.concatenate([scores for scores, _ in found])), key=lambda each: each[0])
-    return best[1], few.take(np.concatenate([rows for _, rows in folds])), best[2]
+        say(f"search {number + 1}/{len(candidates)}: average precision {np.mean(each):.4f} with {shown}")
+        gains, margin = np.array(each) - best, MARGIN if number >= len(START) else 0
+        if gains.mean() > margin and (not margin or gains.min() > 0):
+            best, taken, scores = np.array(each), settings, found
+    return taken, few.take(np.concatenate([rows for _, rows in folds])), np.concatenate(scores)
 
 
 # -- the decision ------------------------------------------------------------------------------------------------------
@@ -259,7 +263,7 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
         delayed(baseline.fit)(part.rows, part.labels),
     ]
     Parallel(-1, require="sharedmem")(jobs)
-    threshold = between(best_threshold(scores, few, options), trees.predict_proba(training.rows)[:, 1])
+    threshold = data.between(best_threshold(scores, few, options), trees.predict_proba(training.rows)[:, 1])
     by_cost = Rule("review_cost", review_cost(scores, few, options))
     rules = {"threshold": Rule("threshold", threshold), "expected-cost": by_cost}
     found = {"pipeline": trees, "rules": rules, "settings": settings, "validated": (few, scores)}
@@ -325,13 +329,10 @@ def run(options: argparse.Namespace, config: Config) -> int:
     if options.if_missing and CHAMPION in aliases(options.name):
         return 0
     check_release(options)
-    say(f"reading {options.data}" if options.data else f"generating {options.rows:,} transactions")
-    sample = (
-        read(Path(options.data), options.time_column, options.by_time)
-        if options.data
-        else generate(options.rows, options.seed)
-    )
-    training, held_out, how = split(sample, options.test_size, options.by_time)
+    path, ordered = options.data, options.by_time
+    say(f"reading {path}" if path else f"generating {options.rows:,} transactions")
+    sample = data.read(Path(path), options.time_column, ordered) if path else data.generate(options.rows, options.seed)
+    training, held_out, how = data.split(sample, options.test_size, ordered)
     number, champion, held_out = champion_of(options, config, sample, held_out)
     for line in (*sample.notes, f"{len(sample):,} transactions, {sample.labels.sum():,} of them fraud"):
         say(line)
@@ -356,7 +357,7 @@ def publish(of: Evidence, how: Split, passed: bool, verdict: str) -> str:
     """Register the version with what travels with it, its tags and its description; gives its number."""
     say("registering")
     options, rule, measured = of.options, of.rules[of.options.decide_by], of.rounds[NEW].iloc[0].to_dict()
-    numbers = reference(of.training, of.models[NEW].probabilities)
+    numbers = data.reference(of.training, of.models[NEW].probabilities)
     inside = metadata(of.pipeline, of.held_out.rows, rule, measured, numbers)
     tags = {name: str(getattr(options, name)) for name in ("release", "promote", "decide_by", "owner", "approver")}
     tags |= {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
