@@ -250,7 +250,7 @@ def segments(of: Evidence) -> pd.DataFrame:
     columns = {"rows": 1, "frauds": fraud, "expected": new.probabilities, "alerts": new.flagged}
     columns |= {"hits": new.flagged & fraud, "alerts_": ageless.flagged, "hits_": ageless.flagged & fraud}
     each = pd.DataFrame(columns).astype(float)
-    t = pd.concat({name: each.groupby(getattr(of, "array", of), observed=True).sum() for name, of in groups.items()})
+    t = pd.concat({name: each.groupby(getattr(of, "values", of), observed=True).sum() for name, of in groups.items()})
     few, genuine = t.frauds < FEWEST, t["rows"] - t.frauds
     table = {
         **{name: t[name].map("{:,.0f}".format) for name in ("rows", "frauds", "expected")},
