@@ -59,7 +59,7 @@ def test_measures() -> None:
 
 
 def test_rules() -> None:
-    """By threshold the amount does not matter; by expected cost probability × amount counts, and 1 is always flagged."""
+    """By threshold the amount does not matter; by expected cost probability × amount decides; 1 is always flagged."""
     rows = Sample(pd.DataFrame({"amount": [0.0, 4.0, 10.0, 1000.0, 1000.0]}), np.zeros(5))
     probabilities = np.array([1.0, 1.0, 0.5, 0.005, 0.0049])
     assert Rule("threshold", 0.5).flags(probabilities, rows).tolist() == [True, True, True, False, False]
