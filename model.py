@@ -1,26 +1,31 @@
 """The model: from the MLflow Model Registry into memory, and from transactions to probabilities of fraud.
 
-An `Acquisition`, begun by the master, puts one version's files into memory (tmpfs) and proves them. `load` runs in
-each worker after the fork: it makes a `Model` of them, or refuses. Both raise `ModelError`, for the operator to read.
+The master process runs a `ModelFetcher`, which downloads one version into memory (tmpfs) and proves it. Each worker
+calls `load` after the fork and gets a `Model`. Both raise `ModelError` with a message for the operator.
 """
 
-import ctypes
 import fcntl
 import hashlib
+import json
 import logging
 import math
 import os
+import re
+import resource
 import select
 import shutil
 import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import zipfile
+from bisect import bisect_left
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import chain, product
+from functools import reduce
+from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -31,41 +36,68 @@ import mlflow.sklearn
 import msgspec
 import numpy as np
 import pandas as pd
-import skops.io  # noqa: F401  (MLflow imports it when it loads a model: here, the workers share it)
+import skops.io  # noqa: F401  (MLflow imports it to load a model; imported here, the workers share its memory)
 import treelite.sklearn
 from mlflow import MlflowClient
 from mlflow.models import Model as MLmodel
 from msgspec import Meta
-from treelite.libpath import find_lib_path
+from scipy.special import expit
 
-from config import INTERRUPTS, Config, without_credentials
+from config import Config, without_credentials
 
 log = logging.getLogger("gunicorn.error")
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Score = Callable[[Sequence["Features"]], Floats]
+Columns = Sequence[Sequence[Any]]  # the values of n transactions, one sequence of n values per field
 
-FLAVOR = "mlflow.sklearn"
-# What skops may make beside what it trusts by itself: parts of scikit-learn models, which run nothing of the artifact.
-TRUSTED_TYPES = {
-    "functools.partial",
-    "sklearn.calibration._CalibratedClassifier",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-    "sklearn.tree._tree.Tree",
-    "sklearn.utils.validation.check_array",
-}
-# What MLflow adds to a version's files when it is downloaded.
-ADDED_FILES = {"registered_model_meta"}
 HINT = "README: A model of your own"
 GOLDEN_TOLERANCE = 1e-6
-TREES_TOLERANCE = 1e-9
-# Numbers are cut here before forests, which compute in float32 and refuse what does not fit, see them.
+LEAF_MASK_TOLERANCE = 1e-9
+MOST_LEAVES = 64  # bits of the largest unsigned integer
+MOST_TABLE_BYTES = 2**26
+ROWS_AT_A_TIME = 256  # so that masks and leaf values of a piece stay in the CPU cache
+# DataFrames are clipped to this: forests convert to float32 and refuse what does not fit.
 LARGEST = 1e30
 
-# Up to this many rows treelite is faster than scikit-learn, which has 1 to 2 ms of overhead a call but less work a row.
-# Microseconds for treelite / scikit-learn on one core, HistGradientBoosting of 150 trees: 16 / 1750 for 1 row,
-# 2630 / 2800 for 200, 3860 / 3430 for 300 with 8 leaves a tree; 19 / 1800, 3910 / 3510, 5810 / 4530 with 31.
-TREELITE_ROWS = 200
+# Everything that a model in skops format may consist of. None of these types and functions reads files, opens
+# connections or runs code that is part of the artifact.
+TRUSTED_LOADERS = {
+    *("CachedNode", "DTypeNode", "DictNode", "FunctionNode", "JsonNode", "ListNode", "LossNode", "NdArrayNode"),
+    *("ObjectNode", "PartialNode", "RandomGeneratorNode", "RandomStateNode", "SetNode", "SliceNode", "TreeNode"),
+    *("TupleNode", "TypeNode"),
+}
+_TRUSTED = {
+    "builtins": "bool dict float int list set slice str tuple",
+    "functools": "partial",
+    "numpy": "bool bool_ dtype float32 float64 int32 int64 ndarray str_ uint64 uint8",
+    "numpy.random._generator": "Generator",
+    "sklearn._loss._loss": "CyHalfBinomialLoss",
+    "sklearn._loss.link": "Interval LogitLink",
+    "sklearn._loss.loss": "HalfBinomialLoss",
+    "sklearn.calibration": "CalibratedClassifierCV _CalibratedClassifier _SigmoidCalibration",
+    "sklearn.compose._column_transformer": "ColumnTransformer",
+    "sklearn.dummy": "DummyClassifier",
+    "sklearn.ensemble._forest": "ExtraTreesClassifier RandomForestClassifier",
+    "sklearn.ensemble._gb": "GradientBoostingClassifier",
+    "sklearn.ensemble._hist_gradient_boosting.binning": "_BinMapper",
+    "sklearn.ensemble._hist_gradient_boosting.gradient_boosting": "HistGradientBoostingClassifier",
+    "sklearn.ensemble._hist_gradient_boosting.predictor": "TreePredictor",
+    "sklearn.impute._base": "SimpleImputer",
+    "sklearn.isotonic": "IsotonicRegression",
+    "sklearn.linear_model._logistic": "LogisticRegression",
+    "sklearn.pipeline": "Pipeline",
+    "sklearn.preprocessing._data": "MinMaxScaler RobustScaler StandardScaler",
+    "sklearn.preprocessing._encoders": "OneHotEncoder OrdinalEncoder",
+    "sklearn.preprocessing._function_transformer": "FunctionTransformer",
+    "sklearn.preprocessing._label": "LabelEncoder",
+    "sklearn.tree._classes": "DecisionTreeClassifier DecisionTreeRegressor ExtraTreeClassifier",
+    "sklearn.tree._tree": "Tree",
+    "sklearn.utils.validation": "check_array",
+}
+TRUSTED_TYPES = {f"{module}.{name}" for module, names in _TRUSTED.items() for name in names.split()}
+
+
+STOPS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
 
 
 class ModelError(Exception):
@@ -101,8 +133,7 @@ CATEGORY = "merchant_category"
 FIELDS = Features.__struct_fields__
 NUMBERS = tuple(name for name in FIELDS if name != CATEGORY)
 MONEY = ("amount", "account_balance")
-_all_values = attrgetter(*FIELDS)
-_numbers = attrgetter(*NUMBERS)
+_values = attrgetter(*FIELDS)
 
 
 def _column_type(schema: dict[str, Any]) -> str:
@@ -110,7 +141,7 @@ def _column_type(schema: dict[str, Any]) -> str:
     return "string" if schema["type"] == "string" else "long" if "multipleOf" in schema else "double"
 
 
-# [(column, MLflow type)], in column order: what a model's signature must say.
+# [(column, MLflow type)], in column order: the signature that a model must have.
 SIGNATURE = [
     (name, _column_type(schema))
     for name, schema in msgspec.json.schema(Features)["$defs"]["Features"]["properties"].items()
@@ -118,12 +149,9 @@ SIGNATURE = [
 DTYPES = {"string": "object", "long": "int64", "double": "float64"}
 
 
-# All coalitions of fields (64 × 6), in the order of itertools.product, and their weights for each field (64 × 6).
-COALITIONS = np.array([*product((False, True), repeat=len(FIELDS))])
-_orders = [math.factorial(size) * math.factorial(len(FIELDS) - 1 - size) for size in range(len(FIELDS))]
-SHAPLEY_WEIGHTS = np.array(
-    [[_orders[sum(c) - 1] if taken else -_orders[sum(c)] for taken in c] for c in COALITIONS.tolist()]
-) / math.factorial(len(FIELDS))
+def columns_of(rows: Sequence[Features]) -> Columns:
+    """The six columns of some rows, in the order of `FIELDS`."""
+    return list(zip(*map(_values, rows), strict=True))
 
 
 class Golden(Features, frozen=True):
@@ -139,7 +167,7 @@ class Reference(msgspec.Struct, frozen=True):
     ranges: dict[str, tuple[float, float]]
     categories: list[str]
     transaction: Features
-    # Of the scores at training in each decile; a tenth where they do not tie.
+    # The share of the training scores in each decile; a tenth unless scores tie.
     score_shares: Annotated[list[float], Meta(min_length=10, max_length=10)] = msgspec.field(
         default_factory=lambda: [0.1] * 10
     )
@@ -151,25 +179,38 @@ class Reference(msgspec.Struct, frozen=True):
 
 
 class Metadata(msgspec.Struct, frozen=True):
-    """What travels with the model in its `MLmodel` file (`log_model(metadata=…)`)."""
+    """What travels with the model in its `MLmodel` file (`log_model(metadata=…)`).
 
-    threshold: Annotated[float, Meta(ge=0, le=1)]
+    A version decides either by a fixed `threshold` on the probability or by expected cost: `review_cost` is what an
+    alert costs, in the currency of the amounts.
+    """
+
     golden: Annotated[list[Golden], Meta(min_length=1)]
+    threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
+    review_cost: Annotated[float, Meta(gt=0)] | None = None
     metrics: dict[str, float] = {}  # on the hold-out
     reference: Reference | None = None
 
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.review_cost is None):
+            raise ValueError("expected either `threshold` or `review_cost`")
+
 
 class Contribution(msgspec.Struct, frozen=True):
-    """How much of a probability is owed to one field: its Shapley value."""
+    """One field's share of a probability (its Shapley value), and the probability `without` it.
+
+    `without` is the probability if this field had the reference's value and all others were as they are.
+    """
 
     field: str
     value: float
+    without: float
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """The probability of the reference transaction, and what each field adds to it, the largest first.
+    """The probability of the reference transaction and each field's contribution, the largest first.
 
-    Together they are the probability.
+    Base value and contributions add up to the probability.
     """
 
     base_value: float
@@ -189,24 +230,281 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     @property
     def version(self) -> str:
-        """What predictions are signed with: the `release` tag, else `v` and the registry's number."""
+        """The `model_version` in predictions: the `release` tag, else `v` and the registry's number."""
         return self.release or f"v{self.number}"
+
+
+# -- scorers: columns → probabilities ----------------------------------------------------------------------------------
+
+# All coalitions of fields (64 × 6): bit f of a row's number says whether field f comes from the transaction or from the
+# reference. Their weights in the Shapley value of each field (64 × 6).
+COALITIONS = (np.arange(2 ** len(FIELDS))[:, None] >> np.arange(len(FIELDS)) & 1).astype(bool)
+_others = COALITIONS.sum(axis=1, keepdims=True) - COALITIONS
+_factorial = np.vectorize(math.factorial)
+SHAPLEY_WEIGHTS = (
+    np.where(COALITIONS, 1, -1)
+    * _factorial(_others)
+    * _factorial(len(FIELDS) - 1 - _others)
+    / math.factorial(len(FIELDS))
+)
+
+
+class Scorer:
+    """Turns columns of n transactions into n probabilities of fraud, float64, in order."""
+
+    name: str
+
+    def __call__(self, columns: Columns) -> Floats:
+        raise NotImplementedError
+
+    def coalitions(self, columns: Columns, reference: Sequence[Any]) -> Floats:
+        """The probabilities (n × 64) of n transactions with every choice of fields taken from the reference."""
+        mixed = [
+            np.where(COALITIONS[:, number], np.array(values, object)[:, None], reference[number]).ravel()
+            for number, values in enumerate(columns)
+        ]
+        return self(mixed).reshape(-1, len(COALITIONS))
+
+
+class PipelineScorer(Scorer):
+    """Any scikit-learn classifier, through its own `predict_proba`. Raises `ModelError` if it has none."""
+
+    name = "sklearn"
+
+    def __init__(self, estimator: Any) -> None:
+        if not hasattr(estimator, "predict_proba"):
+            raise ModelError(f"{type(estimator).__name__} has no predict_proba")
+        if list(estimator.classes_) != [0, 1]:
+            raise ModelError(f"the model's classes are {list(estimator.classes_)}, expected 0 and 1 (fraud)")
+        self.estimator = estimator
+
+    def __call__(self, columns: Columns) -> Floats:
+        return np.asarray(self.estimator.predict_proba(frame(columns)), dtype=np.float64)[:, 1]
+
+
+class PyFuncScorer(Scorer):
+    """Any other MLflow model, through `predict`. Raises `ValueError` where it gives no probabilities."""
+
+    name = "pyfunc"
+
+    def __init__(self, pyfunc: Any) -> None:
+        self.pyfunc = pyfunc
+
+    def __call__(self, columns: Columns) -> Floats:
+        output = np.asarray(self.pyfunc.predict(frame(columns)))
+        if output.dtype.kind != "f":
+            raise ValueError(f"it gives {output.dtype} labels, not probabilities")
+        output = output[:, 1] if output.ndim == 2 and output.shape[1] == 2 else output
+        if output.shape != (len(columns[0]),) or not np.all((output >= 0) & (output <= 1)):
+            raise ValueError("it does not give one probability from 0 to 1 for each row")
+        return output.astype(np.float64)
+
+
+class LeafMaskScorer(Scorer):
+    """A tree ensemble behind a ColumnTransformer that encodes the category and passes the numbers through.
+
+    Every leaf of a tree is a bit, and a set of leaves is a mask. Where a node sends a transaction to the left, the
+    leaves on its right are ruled out, and the reverse. The AND of the masks of all nodes has one bit left: the leaf
+    that the transaction falls into (QuickScorer: Lucchese et al., SIGIR 2015; RapidScorer: Ye et al., KDD 2018).
+
+    The nodes on one field divide its values into intervals at their thresholds, and all values of an interval take the
+    same branches. So the masks of all nodes on a field are combined at load: `tables[field][interval, tree]`. A
+    transaction is then six look-ups, five ANDs over the trees, the leaves' values and their sum, and the link function.
+    Masks are exact and each row is summed by itself, so a row scores the same, bit for bit, in a batch of any size.
+
+    Raises an exception for a pipeline of another kind, for more than `MOST_LEAVES` leaves in a tree, and for tables of
+    more than `MOST_TABLE_BYTES`.
+    """
+
+    name = "leaf-masks"
+
+    def __init__(self, pipeline: Any) -> None:
+        self.categories, codes, places = encoding(pipeline[:-1])
+        dump = json.loads(treelite.sklearn.import_model(pipeline[-1]).dump_as_json(pretty_print=False))
+        self.base, self.average = dump["base_scores"][-1], dump["average_tree_output"]
+        if dump["postprocessor"] != ("identity_multiclass" if self.average else "sigmoid"):
+            raise ValueError(f"the link function is {dump['postprocessor']}")
+        float32 = not type(pipeline[-1]).__name__.startswith("Hist")
+        trees = [Tree(tree["nodes"], float32) for tree in dump["trees"]]
+        most = max(len(tree.leaves) for tree in trees)
+        if most > MOST_LEAVES:
+            raise ValueError(f"a tree has {most} leaves, more than {MOST_LEAVES}")
+        self.leaves = np.array([tree.leaves + [0.0] * (most - len(tree.leaves)) for tree in trees]).ravel()
+        self.offsets = np.arange(len(trees)) * most
+        self.cuts = {name: cut_points(trees, place) for name, place in places.items()}
+        values = {name: {place: np.array([*self.cuts[name], np.inf])} for name, place in places.items()}
+        values[CATEGORY] = codes
+        kind = next(kind for kind in (np.uint8, np.uint16, np.uint32, np.uint64) if most <= np.iinfo(kind).bits)
+        rows = len(self.categories) + 1 + sum(len(cuts) + 1 for cuts in self.cuts.values())
+        if (size := rows * len(trees) * np.dtype(kind).itemsize) > MOST_TABLE_BYTES:
+            raise ValueError(f"its tables would take {size / 2**20:.0f} MB, more than {MOST_TABLE_BYTES / 2**20:.0f}")
+        self.tables = [mask_table(trees, values[name], kind) for name in FIELDS]
+
+    def __call__(self, columns: Columns) -> Floats:
+        if len(columns[0]) <= ROWS_AT_A_TIME:
+            return self.probabilities(reduce(np.bitwise_and, self.masks(columns)))
+        starts = range(0, len(columns[0]), ROWS_AT_A_TIME)
+        return np.concatenate(
+            [self([values[start : start + ROWS_AT_A_TIME] for values in columns]) for start in starts]
+        )
+
+    def masks(self, columns: Columns) -> list[Any]:
+        """For each field, the leaves (n × trees) that its values leave over."""
+        found = []
+        for name, table, values in zip(FIELDS, self.tables, columns, strict=True):
+            if len(values) == 1:  # the same intervals as below, without the overhead of arrays
+                [value] = values
+                row = self.categories.get(value, -1) if name == CATEGORY else bisect_left(self.cuts[name], value)
+                found.append(table[row : row + 1] if row >= 0 else table[-1:])
+            elif name == CATEGORY:
+                rows = np.fromiter(map(self.categories.get, values, repeat(-1)), np.intp, len(values))
+                found.append(table[rows])
+            else:
+                found.append(table[np.searchsorted(self.cuts[name], np.asarray(values, np.float64))])
+        return found
+
+    def probabilities(self, masks: Any) -> Floats:
+        """The probability of fraud for each row of masks (n × trees) with one bit in each."""
+        found = self.leaves.take(np.bitwise_count(masks - 1) + self.offsets).sum(axis=1)
+        return found / len(self.offsets) if self.average else np.asarray(expit(found + self.base))
+
+    def coalitions(self, columns: Columns, reference: Sequence[Any]) -> Floats:
+        """Each field's masks are the transaction's or the reference's: all 64 choices, by doubling."""
+        step = max(ROWS_AT_A_TIME // len(COALITIONS), 1)
+        fixed = [masks[:, None] for masks in self.masks([[value] for value in reference])]
+        found = []
+        for start in range(0, len(columns[0]), step):
+            own = self.masks([values[start : start + step] for values in columns])
+            masks = np.full((len(own[0]), 1, len(self.offsets)), np.iinfo(own[0].dtype).max, own[0].dtype)
+            for other, mine in zip(fixed, own, strict=True):
+                masks = np.concatenate([masks & other, masks & mine[:, None]], axis=1)
+            found.append(self.probabilities(masks.reshape(-1, len(self.offsets))))
+        return np.concatenate(found).reshape(-1, len(COALITIONS))
+
+
+class Tree:
+    """A tree as treelite dumps it: the values of its leaves, and for every node the mask of the leaves below it."""
+
+    def __init__(self, nodes: list[dict[str, Any]], float32: bool) -> None:
+        self.leaves: list[float] = []
+        self.masks = [0] * len(nodes)
+        self.splits = [node for node in nodes if "leaf_value" not in node]
+        for node in reversed(nodes):  # children come after their parent
+            if "leaf_value" in node:
+                self.masks[node["node_id"]] = 1 << len(self.leaves)
+                self.leaves.append(
+                    node["leaf_value"][-1] if isinstance(node["leaf_value"], list) else node["leaf_value"]
+                )
+            else:
+                self.masks[node["node_id"]] = self.masks[node["left_child"]] | self.masks[node["right_child"]]
+        if float32:
+            for node in self.splits:
+                node["threshold"] = float32_threshold(node["threshold"])
+
+
+def float32_threshold(threshold: float) -> float:
+    """The largest float64 that is at most the threshold once it is rounded to float32, as forests round their input."""
+    below = np.float32(threshold)
+    if float(below) > threshold:
+        below = np.nextafter(below, np.float32(-np.inf))
+    middle = (float(below) + float(np.nextafter(below, np.float32(np.inf)))) / 2
+    return middle if np.float32(middle) <= below else float(np.nextafter(middle, -np.inf))
+
+
+def cut_points(trees: Sequence[Tree], column: int) -> list[float]:
+    """The thresholds of all nodes on a column, ascending."""
+    return sorted({node["threshold"] for tree in trees for node in tree.splits if node["split_feature_id"] == column})
+
+
+def mask_table(trees: Sequence[Tree], values: dict[int, Floats], kind: Any) -> Any:
+    """[row, tree]: the leaves that are left over by all nodes on some columns, for each row of their values."""
+    table = np.empty((len(trees), len(next(iter(values.values())))), kind)
+    for masks, tree in zip(table, trees, strict=True):
+        every = tree.masks[0]
+        masks[:] = every
+        for node in tree.splits:
+            if node["split_feature_id"] in values:
+                left = goes_left(node, values[node["split_feature_id"]])
+                masks[left] &= every ^ tree.masks[node["right_child"]]
+                masks[~left] &= every ^ tree.masks[node["left_child"]]
+    return np.ascontiguousarray(table.T)
+
+
+def goes_left(node: dict[str, Any], values: Floats) -> Any:
+    """Which values a node sends to its left child; NaN is an unknown category."""
+    if node["node_type"] == "categorical_test_node":
+        left = np.isin(values, node["category_list"]) ^ node["category_list_right_child"]
+    elif node["comparison_op"] == "<=":
+        left = values <= node["threshold"]
+    else:
+        raise ValueError(f"a node compares with {node['comparison_op']}")
+    return np.where(np.isnan(values), node["default_left"], left)
+
+
+def encoding(encoder: Any) -> tuple[dict[str, int], dict[int, Floats], dict[str, int]]:
+    """How a fitted ColumnTransformer places the fields in the input of the ensemble.
+
+    Returns the row of each category in the arrays that follow (the last row is an unknown category); the codes of the
+    categories in each column that encodes them; the column of each number. It is seen in what the transformer makes of
+    probes. Raises an exception if the numbers are not passed through.
+    """
+    others = [step for _, step, of in encoder[0].transformers_ if list(of) != [CATEGORY]]
+    if any(step != "passthrough" and getattr(step, "func", step) is not None for step in others):
+        raise ValueError("the numbers are not passed through as they are")
+    [known] = [step.categories_[0] for _, step, of in encoder[0].transformers_ if list(of) == [CATEGORY]]
+    names = [*map(str, known), "\0"]
+    rows = [[1.0, "\0", 2.0, 3.0, 4.0, 5.0], *([0.0, name, 0.0, 0.0, 0.0, 0.0] for name in names)]
+    encoded = encoder.transform(frame(list(zip(*rows, strict=True))))
+    encoded = np.asarray(encoded.toarray() if hasattr(encoded, "toarray") else encoded, dtype=np.float64)
+    difference = encoded[0] - encoded[-1]
+    places = {name: int(np.flatnonzero(difference == number).item()) for number, name in enumerate(NUMBERS, 1)}
+    codes = {column: encoded[1:, column] for column in range(encoded.shape[1]) if column not in places.values()}
+    return {name: row for row, name in enumerate(names[:-1])}, codes, places
+
+
+def frame(columns: Columns) -> pd.DataFrame:
+    """The columns as the DataFrame that models are trained on. Amounts beyond any real one are clipped."""
+    data = {name: np.array(values, DTYPES[kind]) for (name, kind), values in zip(SIGNATURE, columns, strict=True)}
+    for name in MONEY:
+        data[name] = data[name].clip(-LARGEST, LARGEST)
+    return pd.DataFrame(data)
+
+
+# -- the model of a worker ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Model:
-    """One version in memory. `score` takes n rows and returns n probabilities of fraud, float64, in order."""
+    """One version in memory."""
 
     snapshot: Snapshot
-    threshold: float
-    scorer: str
     metadata: Metadata
-    score: Score
-    load_seconds: float
+    scorer: Scorer
+    fixed_threshold: float | None = None  # FRAUD_THRESHOLD
+    load_seconds: float = 0.0
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
 
+    def score(self, rows: Sequence[Features]) -> Floats:
+        """n transactions → n probabilities of fraud, in order."""
+        return self.scorer(columns_of(rows))
+
+    @property
+    def threshold(self) -> float | None:
+        """The fixed threshold, or None if the version decides by expected cost."""
+        return self.metadata.threshold if self.fixed_threshold is None else self.fixed_threshold
+
+    def threshold_for(self, amount: float) -> float:
+        """The probability from which a transaction of this amount is fraud.
+
+        By expected cost, an alert is worth its review if probability × amount ≥ review cost (Elkan, IJCAI 2001).
+        """
+        if (fixed := self.threshold) is not None:
+            return fixed
+        cost = self.metadata.review_cost or 0.0
+        return cost / amount if amount > cost else 1.0
+
     def facts(self) -> dict[str, Any]:
-        """What anybody may know of it."""
+        """What `/health` shows of it to a client with a key."""
         return {
             "model_name": self.snapshot.name,
             "model_version": self.snapshot.version,
@@ -215,124 +513,195 @@ class Model:
             "sha256": self.snapshot.sha256,
             "unsafe": self.snapshot.unsafe,
             "threshold": self.threshold,
-            "scorer": self.scorer,
+            "review_cost": self.metadata.review_cost if self.threshold is None else None,
+            "scorer": self.scorer.name,
             "loaded_at": self.loaded_at,
             "metrics": self.metadata.metrics,
             "explains": self.metadata.reference is not None,
         }
 
-    def explain(self, rows: Sequence[Features]) -> tuple[Floats, list[Explanation]]:
-        """Probabilities, and the exact Shapley values behind them against the reference transaction.
+    def explain(self, columns: Columns) -> tuple[Floats, list[Explanation]]:
+        """Probabilities and their exact Shapley values against the reference transaction.
 
-        A coalition takes some fields from the row and the others from the reference; a field's value is the mean of
-        what it adds to coalitions, weighted as if fields came in random order (Shapley 1953; Lundberg and Lee 2017).
+        A coalition takes some fields from the transaction and the others from the reference. A field's value is the
+        mean of what it adds to coalitions, as if fields came in random order (Shapley 1953; Lundberg and Lee 2017).
         """
         if self.metadata.reference is None:
             raise ValueError("the model has no reference transaction")
-        background = _all_values(self.metadata.reference.transaction)
-        mixed = [Features(*v) for row in rows for v in product(*zip(background, _all_values(row), strict=True))]
-        worth = self.score(mixed).reshape(len(rows), len(COALITIONS))
-        found = [
-            sorted(map(Contribution, FIELDS, values), key=lambda each: -abs(each.value))
-            for values in (worth @ SHAPLEY_WEIGHTS).tolist()
+        worth = self.scorer.coalitions(columns, _values(self.metadata.reference.transaction))
+        without = worth[:, [len(COALITIONS) - 1 - 2**number for number in range(len(FIELDS))]]
+        explanations = [
+            Explanation(base, sorted(map(Contribution, FIELDS, shares, alone), key=lambda each: -abs(each.value)))
+            for base, shares, alone in zip(
+                worth[:, 0].tolist(), (worth @ SHAPLEY_WEIGHTS).tolist(), without.tolist(), strict=True
+            )
         ]
-        return worth[:, -1], [Explanation(base, each) for base, each in zip(worth[:, 0].tolist(), found, strict=True)]
+        return worth[:, -1], explanations
 
 
-# -- registry → memory, in the master ----------------------------------------------------------------------------------
+def load(snapshot: Snapshot, config: Config) -> Model:
+    """Load a snapshot through MLflow and check that it keeps its promises: signature, probabilities, golden rows."""
+    started = time.monotonic()
+    pyfunc = mlflow.pyfunc.load_model(snapshot.path)
+    _check_signature(pyfunc.metadata)
+    try:
+        metadata = msgspec.convert(pyfunc.metadata.metadata or {}, Metadata)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"the model's metadata does not fit: {error}") from None
+    scorer = choose_scorer(pyfunc, metadata.golden)
+    _check_golden(scorer, metadata.golden)
+    return Model(snapshot, metadata, scorer, config.fraud_threshold, time.monotonic() - started)
 
 
-class Acquisition:
-    """A child process that finds the version that MODEL_URI names, fetches it and proves that it loads, in `seconds`.
+def _check_signature(metadata: Any) -> None:
+    columns = metadata.signature.inputs.to_dict() if metadata.signature and metadata.signature.inputs else []
+    found = [(column.get("name"), column["type"]) for column in columns]
+    if found != SIGNATURE:
+        raise ModelError(f"the model's signature is {found or 'missing'}, expected {SIGNATURE}")
 
-    The master itself opens no connection and starts no thread, for it is to fork; and whatever hangs (a name server, a
-    socket, C code) is killed. If the version is `served` already, that is all it does. Raises `ModelError`.
+
+def _check_golden(scorer: Scorer, golden: Sequence[Golden]) -> None:
+    expected = np.array([row.fraud_probability for row in golden])
+    found = scorer(columns_of(golden))
+    worst = int(np.argmax(np.abs(found - expected)))
+    if not abs(found[worst] - expected[worst]) <= GOLDEN_TOLERANCE:
+        raise ModelError(
+            f"golden row {worst} scores {found[worst]:.9f} here and scored {expected[worst]:.9f} at training; "
+            "are the versions of scikit-learn the same?"
+        )
+
+
+def choose_scorer(pyfunc: Any, golden: Sequence[Golden]) -> Scorer:
+    """The leaf masks, if they agree with the pipeline on golden and generated rows; else the pipeline itself."""
+    if pyfunc.loader_module != mlflow.sklearn.__name__:
+        return _checked(PyFuncScorer(pyfunc), golden, of_labels=True)
+    estimator, started = pyfunc.get_raw_model(), time.perf_counter()
+    direct = _checked(PipelineScorer(estimator), golden)
+    try:
+        masks = LeafMaskScorer(estimator)
+        seconds, size = time.perf_counter() - started, sum(table.nbytes for table in masks.tables)
+        columns = columns_of([*golden, *_probes([*masks.categories])])
+        gap = np.abs(masks(columns) - direct(columns)).max()
+        if gap <= LEAF_MASK_TOLERANCE:
+            log.info("leaf masks of %d trees: %.1f MB, %.2f s", len(masks.offsets), size / 2**20, seconds)
+            return masks
+        log.warning("no leaf masks: they differ from predict_proba by %.3g", gap)
+    except Exception as error:  # the pipeline scores every model
+        log.info("no leaf masks: %s", error)
+    return direct
+
+
+def _checked(scorer: Scorer, golden: Sequence[Golden], of_labels: bool = False) -> Scorer:
+    """`scorer`, if it gives probabilities for known, unknown and extreme rows."""
+    try:
+        found = scorer(columns_of([*golden, *_probes([])]))
+    except ValueError as error:
+        raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
+    if of_labels and np.all((found == 0) | (found == 1)):
+        raise ModelError("the model gives labels, not probabilities; log it with pyfunc_predict_fn='predict_proba'")
+    return scorer
+
+
+def _probes(categories: Sequence[str]) -> list[Features]:
+    """Rows to compare scorers on: every category and an unknown one, from ordinary to extreme numbers."""
+    random, many = np.random.default_rng(0), 20
+    amounts, balances = random.lognormal(4, 2, many), random.normal(0, 20_000, many)
+    whole = [random.integers(0, end, many) for end in (24, 7, 131)]
+    numbers = [[0, 0, 0, 0, -1e308], [1e308, 23, 6, 130, 1e308], *np.column_stack([amounts, *whole, balances]).tolist()]
+    return [
+        Features(amount, category, *others) for category in [*categories, "\0 unknown"] for amount, *others in numbers
+    ]
+
+
+# -- registry → memory, in a child of the master -----------------------------------------------------------------------
+
+
+class ModelFetcher:
+    """A child process that resolves MODEL_URI, downloads that version and proves that it loads, within `seconds`.
+
+    The master itself opens no connection and starts no thread, because it forks workers; and whatever hangs (DNS, a
+    socket, C code) is killed with the child. A version that is `served` already is not downloaded again.
     """
 
     def __init__(self, config: Config, folder: Path, seconds: float, served: Snapshot | None = None) -> None:
         self.config, self.deadline = config, time.monotonic() + seconds
         self.reader, writer = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # an exception raised amid the fork would be lost
-        try:
-            self.child = os.fork()
-        except OSError as error:
-            os.close(self.reader)
-            raise ModelError(f"{config.model_uri}: no process to load it in: {error}") from error
-        else:
-            if not self.child:
-                signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 1)  # should the master be gone
-                _answer(config, folder / str(time.monotonic_ns()), served, writer)
-        finally:
-            os.close(writer)
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-        except BaseException:
-            self.end()
-            raise
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # an exception raised amid the fork would be lost
+        self.child = os.fork()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        if not self.child:
+            _answer(config, folder / str(time.monotonic_ns()), seconds, served, writer)
+        os.close(writer)
 
     def ready(self) -> bool:
-        """Whether `result` has not to wait."""
+        """Whether `result` returns at once."""
         return bool(select.select([self.reader], [], [], 0)[0]) or time.monotonic() >= self.deadline
 
     def result(self) -> Snapshot:
-        """What it found, as soon as it has. Raises `ModelError`."""
-        remaining = max(self.deadline - time.monotonic(), 0)
-        answered, _, _ = select.select([self.reader], [], [], remaining)
+        """The snapshot, as soon as there is one. Raises `ModelError`."""
         found: Snapshot | str = f"not loaded within {self.config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
-        if answered:
+        if select.select([self.reader], [], [], max(self.deadline - time.monotonic(), 0))[0]:
             with open(self.reader, "rb", closefd=False) as pipe:
                 answer = pipe.read()
-            found = msgspec.json.decode(answer, type=Snapshot | str) if answer else "the process that loads it died"
+            died = "the process that loads it died; did it need more memory (MODEL_MEMORY_MB)?"
+            found = msgspec.json.decode(answer, type=Snapshot | str) if answer else died
         if isinstance(found, Snapshot):
             return found
         place = without_credentials(self.config.mlflow_tracking_uri)
         raise ModelError(f"{self.config.model_uri} at {place}: {found}")
 
     def end(self) -> None:
-        """Leave nothing of it running. To be called once."""
+        """End the child process."""
         os.close(self.reader)
-        with suppress(ChildProcessError):  # gunicorn has waited for it
-            if not os.waitpid(self.child, os.WNOHANG)[0]:
-                os.kill(self.child, signal.SIGKILL)
-                os.waitpid(self.child, 0)
+        with suppress(ChildProcessError, ProcessLookupError):  # gunicorn has waited for it
+            os.kill(self.child, signal.SIGKILL)
+            os.waitpid(self.child, 0)
 
 
 def acquire(config: Config, folder: Path, seconds: float) -> Snapshot:
     """Fetch the version that MODEL_URI names into `folder` and prove it. Raises `ModelError`."""
-    acquisition = Acquisition(config, folder, seconds)
+    fetcher = ModelFetcher(config, folder, seconds)
     try:
-        return acquisition.result()
+        return fetcher.result()
     finally:
-        acquisition.end()
+        fetcher.end()
 
 
-def _answer(config: Config, folder: Path, served: Snapshot | None, writer: int) -> NoReturn:
-    """The child's life: a snapshot or a sentence, as JSON into the pipe. It never returns to the master's code."""
+def _answer(config: Config, folder: Path, seconds: float, served: Snapshot | None, writer: int) -> NoReturn:
+    """The child's work: a snapshot, or a sentence that says why there is none, as JSON into the pipe."""
     try:
-        for number in (*INTERRUPTS, signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 1)  # should the master die first
+        answer: Snapshot | str = _find(config, folder, served)
+    except MemoryError:
+        answer = f"it takes more than {config.model_memory_mb} MB of memory to load (MODEL_MEMORY_MB)"
+    except BaseException as error:
+        log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
+        answer = config.mask(str(error).partition("\n")[0] or repr(error))[:1000]
+    finally:
         with open(writer, "wb") as pipe:
-            pipe.write(msgspec.json.encode(_find(config, folder, served)))
-    finally:
+            pipe.write(msgspec.json.encode(answer))
         os._exit(0)
 
 
-def _find(config: Config, folder: Path, served: Snapshot | None) -> Snapshot | str:
+def limit_memory(megabytes: int) -> None:
+    """Let this process take no more private memory than that beyond what it has (setrlimit(2), RLIMIT_DATA)."""
+    [used] = re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    limit = int(used) * 1024 + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _find(config: Config, folder: Path, served: Snapshot | None) -> Snapshot:
+    limit_memory(config.model_memory_mb)
+    name, number, release = _resolve(config)
+    if served and (name, number, release) == (served.name, served.number, served.release):
+        return served
+    snapshot = fetch(config, folder, name, number, release)
     try:
-        name, version, release = _resolve(config)
-        if served and (name, version, release) == (served.name, served.number, served.release):
-            return served
-        snapshot = fetch(config, folder, name, version, release)
-        try:
-            load(snapshot, config)
-        except ModelError as error:
-            raise ModelError(f"{error} ({HINT})") from error
-        return snapshot
-    except BaseException as error:
-        log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
-        reason = config.mask(str(error).partition("\n")[0] or repr(error))
-        return reason[:1000].encode(errors="replace").decode()
+        load(snapshot, config)
+    except ModelError as error:
+        raise ModelError(f"{error} ({HINT})") from error
+    return snapshot
 
 
 def _resolve(config: Config) -> tuple[str, str, str | None]:
@@ -351,10 +720,10 @@ def _resolve(config: Config) -> tuple[str, str, str | None]:
 
 
 def fetch(config: Config, folder: Path, name: str, number: str, release: str | None) -> Snapshot:
-    """Download a version's files and decide whether they are to be trusted."""
+    """Download a version's files and decide whether they are to be trusted. Raises `ModelError`."""
     folder.mkdir()
     path = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{number}", dst_path=str(folder))
-    sha256, unsafe = _digest(Path(path)), _unsafe(path)
+    sha256, unsafe = _digest(Path(path)), _unsafe(Path(path))
     if config.model_sha256 not in (None, sha256):
         raise ModelError(f"the SHA-256 of version {number} is {sha256}, expected {config.model_sha256} (MODEL_SHA256)")
     if unsafe and not config.model_allow_unsafe:
@@ -364,238 +733,65 @@ def fetch(config: Config, folder: Path, name: str, number: str, release: str | N
 
 def _digest(folder: Path) -> str:
     """SHA-256 over the files of a version, as `sha256sum` prints it of each, sorted by name."""
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - ADDED_FILES
+    added = {"registered_model_meta"}  # by MLflow, at the download
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - added
     lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in sorted(names)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _unsafe(path: str) -> list[str]:
-    """What in a version could run code that came with it. A scikit-learn model in skops' format that has none: [].
+def _unsafe(folder: Path) -> list[str]:
+    """What in a version could run code that came with it, or touch anything but its input. Nothing in a safe one: [].
 
-    MLflow runs what the `MLmodel` file names, and gives skops the list of types to trust that stands there: whoever
-    wrote the artifact wrote both. Here only what is known is let through.
+    MLflow runs what the `MLmodel` file names and trusts the types that it lists; skops trusts more types by itself.
+    Whoever wrote the artifact wrote both, so only what is known here is let through.
     """
-    flavors = MLmodel.load(path).flavors
+    flavors = MLmodel.load(folder).flavors
     pyfunc, sklearn = flavors.get("python_function", {}), flavors.get("sklearn", {})
     file = str(pyfunc.get("model_path"))
     rules = [
-        ("loader_module", pyfunc.get("loader_module"), FLAVOR),
+        ("loader_module", pyfunc.get("loader_module"), "mlflow.sklearn"),
         ("serialization_format", sklearn.get("serialization_format"), "skops"),
         ("model_path", file, Path(file).name),
         ("code_paths", pyfunc.get("code") or sklearn.get("code"), None),
         ("data", pyfunc.get("data"), None),
         ("config", pyfunc.get("config"), None),
     ]
-    foreign = sorted({*(sklearn.get("skops_trusted_types") or ())} - TRUSTED_TYPES)
     found = [
         f"{name} is {value}, expected {expected or 'none'}" for name, value, expected in rules if value != expected
     ]
-    return found + [f"it asks to trust {name}" for name in foreign]
+    return found or [f"it has {name} in it" for name in _untrusted(folder / file)]
+
+
+def _untrusted(file: Path) -> list[str]:
+    """The types, functions and loaders in a .skops file that are not on the lists of trusted ones."""
+    with zipfile.ZipFile(file) as archive:
+        states = [json.loads(archive.read("schema.json"))]
+    found = set()
+    while states:
+        state = states.pop()
+        states += state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+        if isinstance(state, dict) and state.keys() & {"__loader__", "__module__", "__class__"}:
+            name = f"{state.get('__module__')}.{state.get('__class__')}"
+            found |= {name} - TRUSTED_TYPES | {str(state.get("__loader__"))} - TRUSTED_LOADERS
+    return sorted(found)
 
 
 def new_folder(parent: str) -> Path:
     """A new folder in memory, locked for as long as this process or a child of it lives. Raises `ModelError`.
 
-    Folders whose lock is free are what crashed runs left: they are removed.
+    Folders without a lock were left behind by a crash: they are removed.
     """
     for old in Path(parent).glob("fraud-api-*"):
-        if (lock := _lock(old)) is not None:
-            shutil.rmtree(old, ignore_errors=True)
-            os.close(lock)
-    while True:
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="fraud-api-", dir=parent))
-        except OSError as error:
-            raise ModelError(f"any model: no folder for it in MEMORY_DIR: {error}") from error
-        if _lock(folder) is not None and folder.exists():  # else another start took it for a left one in between
-            return folder
-
-
-def _lock(folder: Path) -> int | None:
-    """The folder's lock, if free: a descriptor. Left open, it is held until the last process that has it ends."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except OSError:
-            os.close(descriptor)
-    return None
-
-
-# -- memory → score, in each worker ------------------------------------------------------------------------------------
-
-
-def load(snapshot: Snapshot, config: Config) -> Model:
-    """Load a snapshot through MLflow and check that it keeps its promises: signature, probabilities, golden rows."""
-    started = time.monotonic()
-    pyfunc = mlflow.pyfunc.load_model(snapshot.path)
-    _check_signature(pyfunc.metadata)
+        with suppress(OSError):  # it is locked, or gone
+            descriptor = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old)
+            finally:
+                os.close(descriptor)
     try:
-        metadata = msgspec.convert(pyfunc.metadata.metadata or {}, Metadata)
-    except msgspec.ValidationError as error:
-        raise ModelError(f"the model's metadata does not fit: {error}") from None
-    scorer, score = _scorer(pyfunc, metadata.golden)
-    _check_golden(score, metadata.golden)
-    threshold = metadata.threshold if config.fraud_threshold is None else config.fraud_threshold
-    return Model(snapshot, threshold, scorer, metadata, score, time.monotonic() - started)
-
-
-def _check_signature(metadata: Any) -> None:
-    columns = metadata.signature.inputs.to_dict() if metadata.signature and metadata.signature.inputs else []
-    found = [(column.get("name"), column["type"]) for column in columns]
-    if found != SIGNATURE:
-        raise ModelError(f"the model's signature is {found or 'missing'}, expected {SIGNATURE}")
-
-
-def _check_golden(score: Score, golden: Sequence[Golden]) -> None:
-    expected = np.array([row.fraud_probability for row in golden])
-    found = score(golden)
-    worst = int(np.argmax(np.abs(found - expected)))
-    if not abs(found[worst] - expected[worst]) <= GOLDEN_TOLERANCE:
-        raise ModelError(
-            f"golden row {worst} scores {found[worst]:.9f} here and scored {expected[worst]:.9f} at training; "
-            "are the versions of scikit-learn the same?"
-        )
-
-
-def _scorer(pyfunc: Any, golden: Sequence[Golden]) -> tuple[str, Score]:
-    """The most direct way to the model's probabilities, and its name."""
-    if pyfunc.loader_module != FLAVOR:
-        return "pyfunc", _checked(_pyfunc_score(pyfunc), golden, of_labels=True)
-    estimator = pyfunc.get_raw_model()
-    direct = _checked(_sklearn_score(estimator), golden)
-    try:
-        trees = TreeScore(estimator)
-        rows = [*golden, *_probes([*trees.codes])]
-        expected = direct(rows)
-        gap = max(np.abs(way(rows) - expected).max() for way in (trees.through_treelite, trees.through_sklearn))
-        if gap <= TREES_TOLERANCE:
-            return "treelite", trees
-        log.warning("no fast path: treelite and scikit-learn differ by %.3g", gap)
-    except Exception as error:  # what cannot be accelerated is served all the same
-        log.info("no fast path: %s", error)
-    return "sklearn", direct
-
-
-def _checked(score: Score, golden: Sequence[Golden], of_labels: bool = False) -> Score:
-    """`score`, if it gives probabilities for known, unknown and extreme rows."""
-    rows = [*golden, *_probes([])]
-    try:
-        found = score(rows)
-    except ValueError as error:
-        raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
-    if of_labels and np.all((found == 0) | (found == 1)):
-        raise ModelError("the model gives labels, not probabilities; log it with pyfunc_predict_fn='predict_proba'")
-    return score
-
-
-def _probes(categories: Sequence[str]) -> list[Features]:
-    """Rows to compare scorers on: every category and an unknown one, from ordinary to extreme numbers."""
-    random, many = np.random.default_rng(0), 20
-    amounts, balances = random.lognormal(4, 2, many), random.normal(0, 20_000, many)
-    whole = [random.integers(0, end, many) for end in (24, 7, 131)]
-    numbers = [[0, 0, 0, 0, -1e308], [1e308, 23, 6, 130, 1e308], *np.column_stack([amounts, *whole, balances]).tolist()]
-    return [
-        Features(amount, category, *others) for category in [*categories, "\0 unknown"] for amount, *others in numbers
-    ]
-
-
-def frame(rows: Sequence[Features]) -> pd.DataFrame:
-    """The rows as the DataFrame that models are trained on. Amounts beyond any real one are cut."""
-    columns = zip(*map(_all_values, rows), strict=True)
-    data = {name: np.array(values, DTYPES[kind]) for (name, kind), values in zip(SIGNATURE, columns, strict=True)}
-    for name in MONEY:
-        data[name] = data[name].clip(-LARGEST, LARGEST)
-    return pd.DataFrame(data)
-
-
-def _sklearn_score(estimator: Any) -> Score:
-    if not hasattr(estimator, "predict_proba"):
-        raise ModelError(f"{type(estimator).__name__} has no predict_proba")
-    if list(estimator.classes_) != [0, 1]:
-        raise ModelError(f"the model's classes are {list(estimator.classes_)}, expected 0 and 1 (fraud)")
-    return lambda rows: np.asarray(estimator.predict_proba(frame(rows)), dtype=np.float64)[:, 1]
-
-
-def _pyfunc_score(pyfunc: Any) -> Score:
-    def score(rows: Sequence[Features]) -> Floats:
-        output = np.asarray(pyfunc.predict(frame(rows)))
-        if output.dtype.kind != "f":
-            raise ValueError(f"it gives {output.dtype} labels, not probabilities")
-        output = output[:, 1] if output.ndim == 2 and output.shape[1] == 2 else output
-        if output.shape != (len(rows),) or not np.all((output >= 0) & (output <= 1)):
-            raise ValueError("it does not give one probability from 0 to 1 for each row")
-        return output.astype(np.float64)
-
-    return score
-
-
-class TreeScore:
-    """The fast path: category looked up in a dictionary, numbers beside it, trees walked by treelite's GTIL.
-
-    For a pipeline of one ColumnTransformer that encodes the category and passes numbers through, and a tree ensemble.
-    Where each value goes is seen in what the pipeline makes of probes, and checked by `_scorer`. Raises an exception
-    where the pipeline is of another kind.
-    """
-
-    def __init__(self, pipeline: Any) -> None:
-        encoder, self.estimator = pipeline[:-1], pipeline[-1]
-        others = [step for _, step, of in encoder[0].transformers_ if list(of) != [CATEGORY]]
-        if any(step != "passthrough" and getattr(step, "func", step) is not None for step in others):
-            raise ValueError("the numbers are not passed through as they are")
-        [categories] = [step.categories_[0] for _, step, of in encoder[0].transformers_ if list(of) == [CATEGORY]]
-        rows = [Features(0, str(category), 0, 0, 0, 0) for category in ["\0", *categories]]
-        encoded = encoder.transform(frame([Features(1, "\0", 2, 3, 4, 5), *rows]))
-        encoded = np.asarray(encoded.toarray() if hasattr(encoded, "toarray") else encoded, dtype=np.float64)
-        difference = encoded[0] - encoded[1]
-        places = [np.flatnonzero(difference == number).item() for number in (1, 2, 3, 4, 5)]
-        codes = np.delete(encoded, places, axis=1)
-        order = np.argsort([*np.delete(np.arange(len(difference)), places), *places])
-        self.order = None if np.all(np.diff(order) == 1) else order  # None: codes, then numbers, is the model's order
-        self.unknown: tuple[float, ...] = tuple(codes[1].tolist())
-        self.codes = {row.merchant_category: tuple(code) for row, code in zip(rows, codes[1:].tolist(), strict=True)}
-        self.float32 = not type(self.estimator).__name__.startswith("Hist")  # what forests round their input to
-        self.walk = _gtil(treelite.sklearn.import_model(self.estimator), len(difference))
-
-    def __call__(self, rows: Sequence[Features]) -> Floats:
-        return self.through_treelite(rows) if len(rows) <= TREELITE_ROWS else self.through_sklearn(rows)
-
-    def through_treelite(self, rows: Sequence[Features]) -> Floats:
-        return self.walk(self.array(rows))
-
-    def through_sklearn(self, rows: Sequence[Features]) -> Floats:
-        return np.asarray(self.estimator.predict_proba(self.array(rows))[:, 1])
-
-    def array(self, rows: Sequence[Features]) -> Floats:
-        """The rows as the ensemble sees them, float64, contiguous."""
-        codes, unknown = self.codes.get, self.unknown
-        values = [codes(row.merchant_category, unknown) + _numbers(row) for row in rows]
-        array = np.fromiter(chain.from_iterable(values), np.float64).reshape(len(rows), -1)  # twice as fast as np.array
-        if self.float32:
-            array = array.clip(-LARGEST, LARGEST).astype(np.float32).astype(np.float64)
-        return array if self.order is None else np.ascontiguousarray(array[:, self.order])
-
-
-def _gtil(trees: treelite.Model, width: int) -> Callable[[Floats], Floats]:
-    """treelite's GTIL through its C API: the Python API takes three times as long for one row as the trees do.
-
-    https://treelite.readthedocs.io/en/latest/treelite-c-api.html
-    """
-    library = ctypes.PyDLL(str(find_lib_path()[0]))  # with the GIL held: handing it over costs more than a few rows
-    config = ctypes.c_void_p()
-    failed = library.TreeliteGTILParseConfig(b'{"predict_type": "default", "nthread": 1}', ctypes.byref(config))
-    if failed or trees.num_feature != width or trees.input_type != "float64":
-        raise ValueError("treelite does not take these trees")
-    classes = treelite.gtil.predict(trees, np.zeros((1, width)), nthread=1).shape[-1]  # 1, or 2 for forests
-    predict = library.TreeliteGTILPredict
-    pointer = ctypes.c_void_p
-    predict.argtypes = [pointer, pointer, ctypes.c_char_p, ctypes.c_uint64, pointer, pointer]
-
-    def walk(array: Floats) -> Floats:
-        scores = np.empty((len(array), classes))
-        if predict(trees.handle, array.ctypes.data, b"float64", len(array), scores.ctypes.data, config):
-            raise RuntimeError("treelite failed")
-        return scores[:, -1]
-
-    return walk
+        folder = Path(tempfile.mkdtemp(prefix="fraud-api-", dir=parent))
+    except OSError as error:
+        raise ModelError(f"any model: no folder for it in MEMORY_DIR: {error}") from error
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+    return folder

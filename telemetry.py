@@ -1,195 +1,225 @@
-"""What can be seen of the service: a line in the log for every request, and metrics.
+"""What can be seen of the service: a line in the log for every request, and metrics for Prometheus.
 
-No line has a field of a transaction in it but its id, nor a key. Metrics are shared by all processes through files in
-memory, a set for each worker's place: who takes over a place goes on with its counters.
-https://prometheus.github.io/client_python/multiprocess/
+The log never has a field of a transaction in it other than its id, nor a key. Metrics are numbers in shared memory,
+made by the master before it forks: each process adds to a block of its own, and `/metrics` adds up all blocks.
 """
 
 import logging
 import math
+import mmap
 import os
 import re
 import sys
 import threading
 import time
-from collections import Counter as Tally
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from operator import attrgetter
+from http import HTTPStatus
 from select import PIPE_BUF, select
 from typing import Any
 
 import msgspec
 import numpy as np
 from gunicorn.glogging import Logger
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, values
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.utils import floatToGoString
 
-from config import share_metrics
-from model import CATEGORY, NUMBERS, Features, Floats, Model, Reference
+from model import CATEGORY, FIELDS, Columns, Model, Reference
 
-PREFIX = "fraud_api"
-# In the WSGI environment: what the application adds to the request's line, and the route it took.
-RECORD, ROUTE = f"{PREFIX}.record", f"{PREFIX}.route"
+# Keys of the WSGI environment: what the application adds to the request's log line, and the route.
+RECORD, ROUTE = "fraud_api.record", "fraud_api.route"
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-LATENCIES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
-SIZES = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000)
-TOGETHER = 0.02  # seconds of requests that are logged and counted in one go
-KEPT = 10_000  # lines, while nobody reads them; older ones are lost
-PATIENCE = 0.1  # seconds that any other line waits for somebody to read
-FEW = 16  # rows; fewer wait until they are counted together with others, more are counted at once
+MOST_BLOCKS = 4096
+MOST_LINES = 10_000  # that wait to be written; more are lost
+WRITE_SECONDS = 0.005  # lines of so long a time are written together
+STALL_SECONDS = 0.1  # without reading anything, after which the reader of the log counts as stalled
 
-
-class Answer(msgspec.Struct, frozen=True, gc=False):
-    """What there is to count and to log about a request."""
-
-    time: float  # of its end, seconds since the epoch
-    method: str
-    path: str
-    route: str
-    status: int
-    seconds: float | None
-    record: dict[str, Any]
-    trace_parent: str
+ROUTES = (
+    *("/", "/predict", "/predict/batch", "/health", "/health/live", "/health/ready"),
+    *("/metrics", "/openapi.json", "/version", "-"),
+)
+STATUSES = (200, 499, *(status.value for status in HTTPStatus if status >= HTTPStatus.BAD_REQUEST))
+SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, math.inf)
+DECILES = range(1, 11)
+# name: type, help, label names
+METRICS = {
+    "requests": ("counter", "requests by route and status", ("route", "status")),
+    "request_seconds": ("histogram", "duration of a request", ("route", "le")),
+    "rows": ("counter", "rows by decision: fraud, legitimate or invalid", ("decision",)),
+    "score_decile": ("counter", "scores by decile of the training scores", ("decile", "registry_version")),
+    "unfamiliar_values": ("counter", "values that training had none of, by field", ("field",)),
+    "worker_restarts": ("counter", "workers that ended without being told to", ()),
+    "failed_reloads": ("counter", "looks at the registry that found no version to serve", ()),
+    "log_lines_lost": ("counter", "log lines lost because the log was not read fast enough", ()),
+    "score_decile_training_share": ("gauge", "share of the training scores", ("decile", "registry_version")),
+    "model_info": ("gauge", "1, for what is served", ("model_name", "model_version", "sha256", "scorer")),
+    "model_load_seconds": ("gauge", "time to load the model into a worker", ()),
+}
+# Every counter and its labels: (name, what the sample's name ends in, value of each label).
+CELLS: list[tuple[Any, ...]] = [
+    *(("score_decile", "_total", decile) for decile in DECILES),
+    *(("requests", "_total", route, status) for route in ROUTES for status in STATUSES),
+    *(("request_seconds", "_bucket", route, limit) for route in ROUTES for limit in SECONDS),
+    *(("request_seconds", end, route) for route in ROUTES for end in ("_count", "_sum")),
+    *(("rows", "_total", decision) for decision in ("fraud", "legitimate", "invalid")),
+    *(("unfamiliar_values", "_total", field) for field in FIELDS),
+    *((name, "_total") for name in ("worker_restarts", "failed_reloads", "log_lines_lost")),
+]
 
 
 class Metrics:
-    """All metrics that there are; README explains them. With a folder they are those of all processes together."""
+    """All metrics; README explains them. A block is an array: the model's version number, then a number per cell."""
 
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder, self.registry = folder, CollectorRegistry()
-        self.place: object = "master"  # of this process among those that share the folder
-        if folder:
-            share_metrics(folder)
-            values.ValueClass = values.MultiProcessValue(lambda: self.place)  # type: ignore[no-untyped-call]
-        counter = partial(Counter, namespace=PREFIX, registry=self.registry)
-        histogram = partial(Histogram, namespace=PREFIX, registry=self.registry)
-        self.requests = counter("requests", "requests by route and status", ["route", "status"])
-        self.seconds = histogram("request_seconds", "duration of a request", ["route"], buckets=LATENCIES)
-        self.rows = counter("rows", "rows by decision: fraud, legitimate or invalid", ["decision"])
-        self.batch_rows = histogram("batch_rows", "rows in a batch or stream", buckets=SIZES)
-        self.deciles = counter("score_decile", "scores by decile of those at training", ["model_version", "decile"])
-        self.unfamiliar = counter("unfamiliar_values", "values that training had none of, by field", ["field"])
-        self.restarts = counter("worker_restarts", "workers that ended without being told to")
-        self.failed_reloads = counter("failed_reloads", "times that a version could not be found or served")
-        self.answered, self.counted = deque[Answer](), deque[Answer]()  # to count, then to log
-        self.decided: deque[tuple[Sequence[Features], Floats, int]] = deque()  # rows, their scores, how many are fraud
-        self.drift: Drift | None = None
-        self.turn = threading.Lock()
+    def __init__(self, blocks: int = 1) -> None:
+        self.cells = {cell: number for number, cell in enumerate(CELLS, 1)}
+        self.blocks = np.frombuffer(mmap.mmap(-1, blocks * (1 + len(CELLS)) * 8)).reshape(blocks, -1)
+        self.lock = threading.Lock()
+        self.use(0, -1)
 
-    def answer(self, environ: Mapping[str, Any], status: int, seconds: float | None = None) -> None:
-        """A request has come to its end, after so many seconds where that is known."""
-        get = environ.get
-        self.answered.append(
-            Answer(
-                time.time(),
-                get("REQUEST_METHOD", "-"),
-                get("PATH_INFO", "-"),
-                get(ROUTE, "-"),
-                status,
-                seconds,
-                get(RECORD, {}),
-                get("HTTP_TRACEPARENT", ""),
-            )
-        )
+    def use(self, block: int, version: float) -> None:
+        """Add to this block from now on, on top of what an earlier process counted there for the same version."""
+        self.own = self.blocks[block]
+        self.own[0] = version
 
-    def settle(self) -> None:
-        """Count what has been left to count. Many at a time it takes half of what it takes one by one."""
-        with self.turn:  # the main loop and whoever asks for the metrics
-            answers = [self.answered.popleft() for _ in range(len(self.answered))]
-            try:
-                self._settle(answers)
-            finally:
-                self.counted.extend(answers)  # also should counting fail: their lines come
+    def free_block(self, taken: Collection[int], version: float) -> int:
+        """A block that no process adds to, unused or with the scores of this version."""
+        fitting = (n for n, block in enumerate(self.blocks) if n not in taken and block[0] in (0, version))
+        return next(fitting, len(self.blocks) - 1)
 
-    def _settle(self, answers: Sequence[Answer]) -> None:
-        for (route, status), count in Tally((answer.route, answer.status) for answer in answers).items():
-            self.requests.labels(route, status).inc(count)
-        for route in {answer.route for answer in answers}:
-            observe = self.seconds.labels(route).observe
-            for answer in answers:
-                if answer.route == route and answer.seconds is not None:
-                    observe(answer.seconds)
-        decided = [self.decided.popleft() for _ in range(len(self.decided))]
-        if decided:
-            rows = [row for part, _, _ in decided for row in part]
-            scores = np.concatenate([scores for _, scores, _ in decided])
-            self.count_now(rows, scores, sum(fraud for _, _, fraud in decided))
+    def add(self, name: str, *labels: object, by: float = 1, suffix: str = "_total") -> None:
+        """Add to a counter. Threads hold `lock` meanwhile."""
+        self.own[self.cells[name, suffix, *labels]] += by
 
-    def count(self, rows: Sequence[Features], scores: Floats, fraud: int) -> None:
-        """Rows have been scored, and so many of them found to be fraud."""
-        if len(rows) < FEW:
-            self.decided.append((rows, scores, fraud))
-        else:
-            self.count_now(rows, scores, fraud)
-
-    def count_now(self, rows: Sequence[Features], scores: Floats, fraud: int) -> None:
-        self.rows.labels("fraud").inc(fraud)
-        self.rows.labels("legitimate").inc(len(rows) - fraud)
-        if self.drift:
-            self.drift.observe(rows, scores)
+    def answered(self, route: str, status: int, seconds: float | None) -> None:
+        """Count a request, and its duration where that is known."""
+        with self.lock:
+            self.add("requests", route, status)
+            if seconds is not None:
+                first = self.cells["request_seconds", "_bucket", route, SECONDS[bisect_left(SECONDS, seconds)]]
+                self.own[first : self.cells["request_seconds", "_bucket", route, math.inf] + 1] += 1  # cumulative
+                self.add("request_seconds", route, suffix="_count")
+                self.add("request_seconds", route, suffix="_sum", by=seconds)
 
     def text(self, model: Model) -> bytes:
-        """Everything in Prometheus' text format; what is served and how long it took to load from this worker."""
-        self.settle()
-        registry: Any = CollectorRegistry() if self.folder else self.registry
-        if self.folder:
-            MultiProcessCollector(registry, self.folder)  # type: ignore[no-untyped-call]
-        labels = {name: str(model.facts()[name]) for name in ("model_name", "model_version", "sha256", "scorer")}
-        info = GaugeMetricFamily(f"{PREFIX}_model_info", "1, for what is served", labels=[*labels])
-        info.add_metric([*labels.values()], 1)
-        load = GaugeMetricFamily(f"{PREFIX}_model_load_seconds", "time to load it into a worker", model.load_seconds)
-        shares = GaugeMetricFamily(
-            f"{PREFIX}_score_decile_training_share",
-            "share of the scores at training",
-            labels=["model_version", "decile"],
-        )
-        if reference := model.metadata.reference:
-            for decile, share in enumerate(reference.score_shares, 1):
-                shares.add_metric([model.snapshot.version, str(decile)], share)
-        return generate_latest(registry) + generate_latest(_Families([info, load, shares]))
+        """Everything in Prometheus' text format; what is served and its load time are this worker's."""
+        families = {name: Metric(f"fraud_api_{name}", text, kind) for name, (kind, text, _) in METRICS.items()}
+        for (name, suffix, *labels), value in [*self.counts(), *gauges(model)]:
+            named = dict(zip(METRICS[name][2], map(shown, labels), strict=False))  # sums have no `le`
+            families[name].add_sample(f"fraud_api_{name}{suffix}", named, value)
+        registry = CollectorRegistry()
+        registry.collect = families.values  # type: ignore[method-assign]
+        return generate_latest(registry)
+
+    def counts(self) -> Iterator[tuple[tuple[Any, ...], float]]:
+        """Every cell and its number over all processes, but for combinations of route and status without requests."""
+        used = self.blocks[: next((n for n, block in enumerate(self.blocks) if not block[0]), None)]
+        for cell, number in zip(CELLS, used.sum(axis=0)[1:].tolist(), strict=True):
+            if cell[0] != "score_decile" and (number or cell[0] != "requests"):
+                yield cell, number
+        for version in {*used[:, 0].tolist()} - {-1}:
+            counts = used[used[:, 0] == version].sum(axis=0)[1 : len(DECILES) + 1]
+            yield from (((*cell, f"{version:.0f}"), number) for cell, number in zip(CELLS, counts, strict=False))
 
 
-class _Families:
-    """What `generate_latest` takes for a registry."""
-
-    def __init__(self, families: list[GaugeMetricFamily]) -> None:
-        self.families = families
-
-    def collect(self) -> list[GaugeMetricFamily]:
-        return self.families
+def shown(label: object) -> str:
+    """A label's value as Prometheus writes it."""
+    return str(floatToGoString(label)) if isinstance(label, float) else str(label)
 
 
-class Drift:
-    """Counts how scores and values lie to those of training."""
+def gauges(model: Model) -> Iterator[tuple[tuple[Any, ...], float]]:
+    """What is served, how long it took to load, and the shares of its deciles at training."""
+    facts = model.facts()
+    yield ("model_info", "", *(facts[name] for name in METRICS["model_info"][2])), 1
+    yield ("model_load_seconds", ""), model.load_seconds
+    if model.metadata.reference:
+        for decile, share in zip(DECILES, model.metadata.reference.score_shares, strict=True):
+            yield ("score_decile_training_share", "", decile, model.snapshot.number), share
 
-    def __init__(self, reference: Reference, version: str, metrics: Metrics) -> None:
-        self.limits, self.categories = np.array(reference.score_deciles), {*reference.categories}
-        self.deciles = [metrics.deciles.labels(version, str(decile)) for decile in range(1, 11)]
-        self.category = metrics.unfamiliar.labels(CATEGORY)
-        ranges = reference.ranges
-        self.numbers = [(attrgetter(name), *ranges[name], metrics.unfamiliar.labels(name)) for name in NUMBERS]
 
-    def observe(self, rows: Sequence[Features], scores: Floats) -> None:
-        places = np.bincount(np.searchsorted(self.limits, scores), minlength=10)
-        for decile, count in zip(self.deciles, places.tolist(), strict=True):
-            decile.inc(count)
-        if unknown := {row.merchant_category for row in rows} - self.categories:
-            self.category.inc(sum(row.merchant_category in unknown for row in rows))
-        for value_of, low, high, counter in self.numbers:
-            values = np.fromiter(map(value_of, rows), np.float64, len(rows))
-            if outside := np.count_nonzero((values < low) | (values > high)):
-                counter.inc(int(outside))
+class ScoreRecorder:
+    """Counts scored rows: their decisions, and how scores and values compare with those of training (drift)."""
+
+    def __init__(self, reference: Reference | None, metrics: Metrics) -> None:
+        self.reference, self.metrics = reference, metrics
+        self.categories = frozenset(reference.categories if reference else ())
+
+    def record(self, columns: Columns, scores: Sequence[float], fraud: int) -> None:
+        add = self.metrics.add
+        with self.metrics.lock:
+            add("rows", "fraud", by=fraud)
+            add("rows", "legitimate", by=len(scores) - fraud)
+            if self.reference:
+                limits = self.reference.score_deciles
+                for place, count in Counter(bisect_left(limits, score) for score in scores).items():
+                    add("score_decile", place + 1, by=count)
+                for field, values in zip(FIELDS, columns, strict=True):
+                    add("unfamiliar_values", field, by=self.unfamiliar(field, values))
+
+    def invalid(self, count: int) -> None:
+        with self.metrics.lock:
+            self.metrics.add("rows", "invalid", by=count)
+
+    def unfamiliar(self, field: str, values: Sequence[Any]) -> int:
+        """How many of a field's values training had none of: unknown categories, numbers outside the range."""
+        if field == CATEGORY:
+            known = self.categories.issuperset(values)
+            return 0 if known else sum(value not in self.categories for value in values)
+        low, high = self.reference.ranges[field]  # type: ignore[union-attr]
+        return 0 if low <= min(values) and max(values) <= high else sum(not low <= value <= high for value in values)
+
+
+class Output:
+    """Standard output with a bounded queue: a reader that stalls holds up nobody, and lost lines are counted."""
+
+    def __init__(self, lost: Callable[[], None]) -> None:
+        self.lost, self.lines, self.lock = lost, deque[bytes](), threading.Lock()
+        self.wanted: threading.Event | None = None
+
+    def start(self) -> None:
+        """Write from a thread from now on. In a process that forks, each line is written at once instead."""
+        self.wanted = threading.Event()
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        while self.wanted and self.wanted.wait():
+            time.sleep(WRITE_SECONDS)
+            self.wanted.clear()
+            self.drain()
+
+    def put(self, line: bytes) -> None:
+        if len(self.lines) < MOST_LINES:
+            self.lines.append(line)
+        else:
+            self.lost()
+        if self.wanted and not self.wanted.is_set():
+            self.wanted.set()
+
+    def drain(self) -> None:
+        """Write what waits, in pieces that a pipe takes whole (pipe(7), PIPE_BUF), unless the reader stalls."""
+        descriptor = sys.stdout.fileno()
+        with self.lock:
+            while self.lines and select([], [descriptor], [], STALL_SECONDS)[1]:
+                text = self.lines.popleft()
+                while self.lines and len(text) + len(self.lines[0]) <= PIPE_BUF:
+                    text += self.lines.popleft()
+                os.write(descriptor, text)
+
+    def write(self, text: str) -> None:
+        """For `logging.StreamHandler`."""
+        self.put(text.encode())
+
+    def flush(self) -> None:
+        """For `logging.StreamHandler`."""
+        if not self.wanted:
+            self.drain()
 
 
 class Log(Logger):  # type: ignore[misc]
     """gunicorn's log as lines of JSON on standard output, or for people where that is a terminal.
 
-    What other libraries log goes the same way, from WARNING on, and nothing with a secret in it.
+    Other libraries log to it as well, from WARNING on. Secrets are masked.
     """
 
     mask: Callable[[str], str]
@@ -197,76 +227,41 @@ class Log(Logger):  # type: ignore[misc]
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
-        self.human, self.lines, self.flushed = sys.stdout.isatty(), deque[bytes](maxlen=KEPT), 0.0
-        handler = logging.StreamHandler(Output())
+        self.human, self.output = sys.stdout.isatty(), Output(self.lost)
+        handler = logging.StreamHandler(self.output)
         handler.setFormatter(Lines(type(self).mask, self.human))
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
         for logger in (self.error_log, logging.getLogger("mlflow")):
             logger.handlers, logger.propagate = [], True
         logging.captureWarnings(True)
 
+    def lost(self) -> None:
+        with self.metrics.lock:
+            self.metrics.add("log_lines_lost")
+
     def access(self, resp: Any, req: Any, environ: Mapping[str, Any], request_time: timedelta) -> None:
         """gunicorn calls this when the last byte of an answer is sent, or cannot be."""
-        self.metrics.answer(environ, resp.status_code, max(request_time.total_seconds(), 0))  # clocks are set back
+        self.answered(environ, resp.status_code, max(request_time.total_seconds(), 0))  # the clock may be set back
 
-    def line(self, answer: Answer) -> bytes:
-        now = datetime.fromtimestamp(answer.time, UTC)
-        line = {"time": now, "level": "info", "logger": "request", "method": answer.method}
-        line |= {"path": answer.path[:256], "status": answer.status}
-        if answer.seconds is not None:
-            line["duration_ms"] = round(answer.seconds * 1000, 3)
-        line |= answer.record
-        if found := TRACE_PARENT.fullmatch(answer.trace_parent):
-            line["trace_id"] = found[1]
-        if self.human:
-            values = " ".join(ascii(value).strip("'") for value in [*line.values()][3:])
-            return f"{now:%H:%M:%S} {values}\n".encode()
-        return msgspec.json.encode(line) + b"\n"
+    def answered(self, environ: Mapping[str, Any], status: int, seconds: float | None = None) -> None:
+        """Count a request and write its line."""
+        self.metrics.answered(environ.get(ROUTE, "-"), status, seconds)
+        if self.error_log.isEnabledFor(logging.INFO):
+            line = {"time": datetime.now(UTC), "level": "info", "logger": "request"}
+            line |= {"method": environ.get("REQUEST_METHOD", "-"), "path": environ.get("PATH_INFO", "-")[:256]}
+            line |= {"status": status, "duration_ms": None if seconds is None else round(seconds * 1000, 3)}
+            line |= environ.get(RECORD, {})
+            if found := TRACE_PARENT.fullmatch(environ.get("HTTP_TRACEPARENT", "")):
+                line["trace_id"] = found[1]
+            self.output.put(self.human_line(line) if self.human else msgspec.json.encode(line) + b"\n")
 
-    def flush(self, now: float = math.inf) -> None:
-        """Count requests, then write their lines, in the worker's main loop, some at a time.
-
-        In each thread for itself it would cost a request 40 µs. No more is written at once than a pipe takes whole
-        from one of many writers (pipe(7), PIPE_BUF).
-        """
-        if now - self.flushed < TOGETHER:
-            return
-        self.flushed = time.monotonic()
-        wanted, counted = self.error_log.isEnabledFor(logging.INFO), self.metrics.counted
-        try:
-            self.metrics.settle()
-            while counted:
-                answer = counted.popleft()
-                if wanted:
-                    self.lines.append(self.line(answer))
-        except Exception:  # must not end the worker
-            self.error_log.exception("requests are not counted or not logged")
-        output = sys.stdout.fileno()
-        while self.lines and select([], [output], [], 0)[1]:  # who does not read it holds up nobody
-            text = self.lines.popleft()
-            while self.lines and len(text) + len(self.lines[0]) <= PIPE_BUF:
-                text += self.lines.popleft()
-            with suppress(OSError):  # nobody reads it any longer
-                os.write(output, text)
-
-
-class Output:
-    """Standard output that holds up nobody: what has not gone into the pipe in a while is lost."""
-
-    def write(self, text: str) -> None:
-        """In pieces that a pipe takes whole if it takes anything (pipe(7))."""
-        output, data = sys.stdout.fileno(), text.encode()
-        for start in range(0, len(data), PIPE_BUF):
-            if not select([], [output], [], PATIENCE)[1]:
-                return
-            os.write(output, data[start : start + PIPE_BUF])
-
-    def flush(self) -> None:
-        """There is nothing to flush."""
+    def human_line(self, line: dict[str, Any]) -> bytes:
+        values = " ".join(ascii(value).strip("'") for value in [*line.values()][3:])
+        return f"{line['time']:%H:%M:%S} {values}\n".encode()
 
 
 class Lines(logging.Formatter):
-    """What is logged about anything but a request."""
+    """Formats what is logged about anything but a request."""
 
     def __init__(self, mask: Callable[[str], str], human: bool) -> None:
         super().__init__()

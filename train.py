@@ -78,8 +78,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     if found.time_column and (found.in_order or not found.data):
         parser.error("--time-column: expected with --data and without --in-order")
     found.by_time = bool(found.in_order or found.time_column)
-    if found.decide_by == "expected-cost" and found.cost_missed is not None:
-        parser.error("--cost-missed: expected with --decide-by threshold; an expected cost is of the amount")
+    if found.decide_by == "expected-cost" and (found.cost_missed is not None or not found.cost_review):
+        parser.error("--decide-by expected-cost: expected without --cost-missed and with a --cost-review above 0")
     return found
 
 
@@ -287,9 +287,9 @@ def evaluate(
     scores = {NEW: scores_of(found["pipeline"], held_out)}
     models = {NEW: Scored(NEW, scores[NEW], found["rules"][options.decide_by].flags(scores[NEW], held_out))}
     if champion:
-        inside, scores[CHAMPION] = msgspec.to_builtins(champion.metadata), scores_of(champion, held_out)
-        by = "threshold" if inside.get("review_cost") is None else "review_cost"
-        models[CHAMPION] = Scored(CHAMPION, scores[CHAMPION], Rule(by, inside[by]).flags(scores[CHAMPION], held_out))
+        by = "threshold" if champion.metadata.review_cost is None else "review_cost"
+        rule, scores[CHAMPION] = Rule(by, getattr(champion.metadata, by)), scores_of(champion, held_out)
+        models[CHAMPION] = Scored(CHAMPION, scores[CHAMPION], rule.flags(scores[CHAMPION], held_out))
     scores = {name: scores_of(model, held_out) for name, model in others.items()}
     scores |= {} if held_out.truth is None else {"best reachable": held_out.truth}
     rate = models[NEW].flagged.mean()

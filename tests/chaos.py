@@ -2,11 +2,13 @@
 
 import http.client
 import json
+import random
+import select
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -20,21 +22,24 @@ class Answer:
     ended: float
     status: int
     model: tuple[str, float] | None
-    reconnected: bool
 
 
 class Load:
-    """Clients that post one transaction over and over, each on a connection that it keeps.
+    """Clients that post one transaction over and over, each on a connection that it keeps, and never send one twice.
 
-    A kept connection may have been closed at any time (RFC 9112, section 9.5): with `retry` a request that got no
-    answer on one is sent once more on a new one.
+    Like any connection pool, a client opens a new connection when the last answer said `Connection: close`, or when it
+    finds the old one closed before it sends. `dropped` counts the second kind: the service closed a kept connection
+    without having said so. Of the clients, `paced` ones wait 0.2 s between requests, so that their connections are
+    idle most of the time. New connections go to `port`, which may change meanwhile.
     """
 
-    def __init__(self, port: int, transaction: dict[str, object], clients: int = 8, retry: bool = True) -> None:
-        self.port, self.body, self.retry = port, json.dumps(transaction), retry
+    def __init__(self, port: int, transaction: dict[str, object], clients: int = 8, paced: int = 0) -> None:
+        self.port, self.body = port, json.dumps(transaction)
         self.answers: list[Answer] = []
+        self.dropped = 0
         self.over = threading.Event()
-        self.threads = [threading.Thread(target=self.client) for _ in range(clients)]
+        pauses = [0.0] * clients + [0.2] * paced
+        self.threads = [threading.Thread(target=self.client, args=(pause,)) for pause in pauses]
 
     def __enter__(self) -> "Load":
         for thread in self.threads:
@@ -46,27 +51,31 @@ class Load:
         for thread in self.threads:
             thread.join()
 
-    def client(self) -> None:
+    def client(self, pause: float) -> None:
+        self.over.wait(pause * random.random())
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
             while not self.over.is_set():
                 self.answers.append(self.ask(connection))
+                if pause:
+                    self.over.wait(pause)
 
     def ask(self, connection: http.client.HTTPConnection) -> Answer:
-        started, reconnected = time.monotonic(), False
-        while True:
-            kept = connection.sock is not None
-            try:
-                connection.request("POST", "/predict", self.body, {"Content-Type": "application/json"})
-                answer = connection.getresponse()
-                body = json.loads(answer.read())
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                if kept and self.retry and not reconnected:
-                    reconnected = True
-                    continue
-                return Answer(started, time.monotonic(), 0, None, reconnected)
-            model = (body["model_version"], body["fraud_probability"]) if answer.status == 200 else None
-            return Answer(started, time.monotonic(), answer.status, model, reconnected)
+        if connection.sock and select.select([connection.sock], [], [], 0)[0]:
+            self.dropped += 1
+            connection.close()
+        connection.port, started = self.port, time.monotonic()
+        try:
+            connection.request("POST", "/predict", self.body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()  # closes the connection if it says `Connection: close`
+            body = answer.read()
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            return Answer(started, time.monotonic(), 0, None)
+        ended = time.monotonic()
+        if answer.status != 200:
+            return Answer(started, ended, answer.status, None)
+        prediction = json.loads(body)
+        return Answer(started, ended, 200, (prediction["model_version"], prediction["fraud_probability"]))
 
     def wait_for(self, more: int) -> None:
         """Until so many more requests have come to an end."""
@@ -129,11 +138,19 @@ class Chaos:
     seconds: float
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def rounds(self, what: str) -> Iterator[int]:
-        """Numbers from 0 until the time is over; at least one. In a long run, with a line that says how far it is."""
+    @property
+    def long(self) -> bool:
+        """Whether this is `make chaos`, which has the machine to itself: only then times are bounded."""
+        return self.seconds > 10
+
+    def rounds(self, what: str, enough: Callable[[], bool] = lambda: True) -> Iterator[int]:
+        """Numbers from 0 until the time is over; at least one.
+
+        A long run goes on until it is `enough`, with a line that says how far it is.
+        """
         started, number = time.monotonic(), 0
-        while number == 0 or time.monotonic() - started < self.seconds:
-            if self.seconds > 10:
+        while number == 0 or time.monotonic() - started < self.seconds or (self.long and not enough()):
+            if self.long:
                 print(
                     f"\r{what}: {time.monotonic() - started:.0f} of {self.seconds:.0f} s ", end="", file=sys.__stderr__
                 )

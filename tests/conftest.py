@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,15 +13,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, export
 
 HERE = Path(__file__).parent.parent
 BASE_ENVIRON = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # a registry that nobody runs
-Config.from_environ(BASE_ENVIRON).export()  # before anything imports MLflow or NumPy
+export()  # before anything imports MLflow or NumPy
 
 import mlflow
 import pytest
@@ -33,7 +34,7 @@ from fraud_api import create_app
 from model import Model, Snapshot, acquire, load
 
 NAME = "fraud-detector"
-TABLE = 8  # rows that `make chaos` writes
+TABLE = 13  # rows that `make chaos` writes
 TRANSACTION = {
     "transaction_id": "tx_12345",
     "amount": 150.50,
@@ -58,7 +59,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain until {what}"
@@ -196,6 +197,65 @@ def running(registry: str, *words: str, **options: str) -> Iterator[Service]:
         service.stop()
 
 
+NGINX = """
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log stderr;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    keepalive_requests 1000000;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    upstream service {{
+        server 127.0.0.1:{port};
+        keepalive 32;
+        keepalive_requests 1000000;
+    }}
+    server {{
+        listen 127.0.0.1:{listen};
+        location / {{
+            proxy_pass http://service;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_next_upstream off;
+        }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def behind_nginx(port: int, folder: Path) -> Iterator[int]:
+    """The port of an nginx that keeps connections to the service on `port`, as an Ingress does, and never retries."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("nginx is not installed (Debian: apt-get install nginx-light)")
+    listen = free_port()
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=port, listen=listen))
+    nginx = Process(program, "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf"))
+    try:
+        nginx.wait_answer(f"http://127.0.0.1:{listen}/health/live")
+        yield listen
+    finally:
+        nginx.stop()
+
+
+Through = Callable[[Service], AbstractContextManager[int]]
+
+
+@pytest.fixture
+def through(request: pytest.FixtureRequest, tmp_path: Path) -> Through:
+    """The port that clients of a service use: its own, or with the parameter "nginx" that of an nginx before it."""
+    if request.param == "nginx":
+        return lambda service: behind_nginx(service.port, tmp_path)
+    return lambda service: nullcontext(service.port)
+
+
 def failure(registry: str, **variables: str) -> tuple[int, float, list[str]]:
     """Of a start that fails: exit status, seconds it took, and the lines that say why."""
     started = time.monotonic()
@@ -285,6 +345,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     if config.getoption("--chaos"):
         items[:] = [item for item in items if "chaos" in item.fixturenames]
+    else:
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 @pytest.fixture(scope="session")

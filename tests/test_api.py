@@ -1,7 +1,6 @@
 """The HTTP contract, whole bodies, against the WSGI application with a real model in it."""
 
 import gzip
-import io
 import json
 import re
 import subprocess
@@ -17,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webtest import TestApp
 
+import data
 from conftest import TRANSACTION, client_of, config
-from fraud_api import Counted, Predictor, create_app, score_stream
-from model import Features, Model, Transaction
-from telemetry import Metrics
+from fraud_api import create_app
+from model import Columns, Features, Floats, Model, Scorer, Transaction, columns_of
 
 PROBLEM = "application/problem+json"
 
@@ -60,8 +59,22 @@ def test_threshold_is_inclusive(model: Model) -> None:
     """A probability equal to the threshold is fraud; just below is not."""
     probability = score(model, TRANSACTION)
     for threshold, is_fraud in ((probability, True), (probability + 1e-12, False)):
-        app = client_of(create_app(config(), replace(model, threshold=threshold)))
+        app = client_of(create_app(config(), replace(model, fixed_threshold=threshold)))
         assert post(app, "/predict", TRANSACTION).json["is_fraud"] is is_fraud
+
+
+class Fixed(Scorer):
+    """Gives every row the same probability, or raises an error that quotes the rows."""
+
+    name = "fixed"
+
+    def __init__(self, probability: float | None = None) -> None:
+        self.probability = probability
+
+    def __call__(self, columns: Columns) -> Floats:
+        if self.probability is None:
+            raise RuntimeError(f"cannot score {columns}")
+        return np.full(len(columns[0]), self.probability)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +82,7 @@ def test_threshold_is_inclusive(model: Model) -> None:
 )
 def test_decision_and_confidence(model: Model, probability: float, is_fraud: bool, confidence: float) -> None:
     """Confidence is that of the likelier answer, whatever the threshold."""
-    certain = replace(model, threshold=0.5, score=lambda rows: np.array([probability]))
+    certain = replace(model, fixed_threshold=0.5, scorer=Fixed(probability))
     answer = timeless(post(client_of(create_app(config(), certain)), "/predict", TRANSACTION).json)
     assert answer == {
         "transaction_id": "tx_12345",
@@ -173,40 +186,10 @@ def test_not_an_object(app: TestApp, path: str, body: bytes) -> None:
     }
 
 
-def twice(field: str) -> dict[str, object]:
-    return {
-        "type": "about:blank",
-        "title": "Unprocessable Entity",
-        "status": 422,
-        "detail": f"{field or 'a field'}: given more than once",
-    } | ({"field": field} if field else {})
-
-
-@pytest.mark.parametrize(
-    ("more", "field"),
-    [
-        (', "amount": 1}', "amount"),
-        (', "transaction_id": "tx_1"}', "transaction_id"),
-        (', "am\\u006funt": 1}', "amount"),
-        (', "x": "", "x": 1}', ""),
-        (', "x": {"amount": "\\"\\""}, "hour": 14}', "hour"),
-    ],
-)
-def test_field_given_twice(app: TestApp, more: str, field: str) -> None:
-    """One reader takes the first, another the last: neither is what the client can be sure of."""
-    body = json.dumps(TRANSACTION)[:-1] + more
-    answer = post(app, "/predict", body.encode())
-    assert (answer.status_code, answer.json) == (422, twice(field) | {"request_id": "r-1"})
-    row = f'{{"transactions": [{json.dumps(TRANSACTION)}, {body}]}}'
-    answer = post(app, "/predict/batch", row.encode()).json
-    assert (len(answer["predictions"]), answer["errors"][0].pop("transaction_id")[:4]) == (1, "tx_1")
-    assert answer["errors"] == [{"index": 1} | twice(field)]
-    lines = post(app, "/predict/batch", f"{json.dumps(TRANSACTION)}\n{body}".encode(), "application/x-ndjson")
-    problem = json.loads(lines.body.splitlines()[1])
-    assert problem | {"transaction_id": ""} == {"index": 1, "transaction_id": ""} | twice(field)
-    for extra in (b"", b', "a": "", "b": "", "c": ""', b', "a": "", "b": "", "c": 1, "d": 1'):
-        batch = b'{"transactions": [], "transactions": []%s}' % extra
-        assert post(app, "/predict/batch", batch).json == twice("transactions") | {"request_id": "r-1"}
+def test_field_given_twice(app: TestApp, model: Model) -> None:
+    """The last one counts, as in every common JSON parser."""
+    body = f'{json.dumps(TRANSACTION)[:-1]}, "amount": 900}}'.encode()
+    assert post(app, "/predict", body).json["fraud_probability"] == score(model, TRANSACTION | {"amount": 900})
 
 
 @pytest.mark.parametrize(
@@ -258,6 +241,19 @@ def test_batch_row_with_broken_text(app: TestApp) -> None:
             "status": 400,
             "detail": "malformed JSON",
         }
+    ]
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\udc00", "\\ud800\\u0041", "\\\\\\ud800"])
+def test_batch_row_with_half_a_surrogate_pair(app: TestApp, half: str) -> None:
+    """It is that row's error; pairs, other escapes and what only looks like one stay as they are."""
+    good = json.dumps(TRANSACTION)
+    emoji, escaped = (good.replace("tx_12345", name) for name in ("\\ud83d\\ude00", "\\\\ud800"))
+    body = f'{{"transactions": [{good.replace("grocery", half)}, {emoji}, {escaped}]}}'
+    answer = post(app, "/predict/batch", body.encode()).json
+    assert [prediction["transaction_id"] for prediction in answer["predictions"]] == ["\U0001f600", "\\ud800"]
+    assert [(error["index"], error["status"], error["detail"]) for error in answer["errors"]] == [
+        (0, 400, "malformed JSON")
     ]
 
 
@@ -472,17 +468,15 @@ def test_health(app: TestApp, model: Model) -> None:
         "sha256": sha256sum(model.snapshot.path),
         "unsafe": [],
         "threshold": model.threshold,
-        "scorer": "treelite",
+        "review_cost": None,
+        "scorer": "leaf-masks",
         "metrics": model.metadata.metrics,
         "explains": True,
     }
 
 
 def broken(model: Model) -> TestApp:
-    def score(rows: object) -> None:
-        raise RuntimeError(f"cannot score {rows}")
-
-    return client_of(create_app(config(), replace(model, score=score)))
+    return client_of(create_app(config(), replace(model, scorer=Fixed())))
 
 
 def test_live_and_ready(app: TestApp, model: Model) -> None:
@@ -502,7 +496,7 @@ def test_live_and_ready(app: TestApp, model: Model) -> None:
 
 def test_not_ready_when_stopping(model: Model) -> None:
     stopping = bytearray(1)
-    app = client_of(create_app(config(), model, stopping))
+    app = client_of(create_app(config(), model, stopping=stopping))
     assert app.get("/health/ready").json == {"status": "ok"}
     stopping[0] = 1
     answer = app.get("/health/ready", expect_errors=True)
@@ -536,7 +530,7 @@ def test_known_key(locked: TestApp, authorization: str) -> None:
     assert locked.post("/predict", json.dumps(TRANSACTION), headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/predict/nothing"])
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
 @pytest.mark.parametrize(
     "authorization",
     [
@@ -568,9 +562,56 @@ def test_unknown_key(locked: TestApp, path: str, authorization: str) -> None:
     }
 
 
-def test_health_needs_no_key(locked: TestApp) -> None:
-    for path in ("/health", "/health/live", "/health/ready"):
-        assert "key" not in locked.get(path).text
+def spellings(path: str) -> list[str]:
+    """Other ways to write a path in a request line."""
+    return [
+        path,
+        f"/{path}",
+        f"//{path}",
+        f"/%2f{path[1:]}",
+        f"/.{path}",
+        f"{path}/",
+        f"{path}//",
+        path.upper(),
+        f"{path};x",
+    ]
+
+
+def status_of(app: TestApp, environ: dict[str, object]) -> str:
+    statuses: list[str] = []
+    b"".join(app.app(environ, lambda status, headers: statuses.append(status)))
+    return statuses[0]
+
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
+OPEN = {"/", "/health", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/version"}
+
+
+def test_only_declared_resources_are_open(locked: TestApp) -> None:
+    """Every route, in every spelling and with every method: without a key, only the declared ones do anything."""
+    routes = {*locked.get("/openapi.json").json["paths"], "/"}
+    assert routes > OPEN
+    for route in routes:
+        for path in spellings(route):
+            for method in METHODS:
+                environ = create_environ(path=path, method=method, headers={"Content-Type": "application/json"})
+                environ["PATH_INFO"] = path.replace("%2f", "/")
+                status = int(status_of(locked, environ)[:3])
+                assert status in (401, 404, 405) or route in OPEN, (method, path, status)
+    assert post(locked, "/predict", TRANSACTION).status_code == 401
+
+
+def test_what_health_tells_without_a_key(locked: TestApp, model: Model) -> None:
+    """Status, name and version: a threshold would help whoever wants to stay below it."""
+    assert locked.get("/health").json == {
+        "status": "ok",
+        "model_name": "fraud-detector",
+        "model_version": "v1.2.3",
+    }
+    known = locked.get("/health", headers={"Authorization": "Bearer first-key"}).json
+    assert known["threshold"] == model.threshold
+    for path in ("/health/live", "/health/ready"):
+        assert locked.get(path).json == {"status": "ok"}
 
 
 def test_every_key_is_compared(locked: TestApp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -664,6 +705,56 @@ def test_explanation(app: TestApp, model: Model) -> None:
     assert total == pytest.approx(answer["fraud_probability"], abs=1e-9)
 
 
+def test_without(app: TestApp, model: Model) -> None:
+    """The probability had the field had the reference's value, and all others stayed."""
+    reference = msgspec.structs.asdict(model.metadata.reference.transaction)
+    contributions = explained(app, TRANSACTION | {"amount": 900})["explanation"]["contributions"]
+    for each in contributions:
+        other = TRANSACTION | {"amount": 900} | {each["field"]: reference[each["field"]]}
+        assert each["without"] == score(model, other)
+    assert len({each["without"] for each in contributions}) > 1
+
+
+def test_every_road_gives_the_same_bits(model: Model) -> None:
+    """`/predict`, JSON batches of any size, streams and explanations give a row the very same probability."""
+    sample = data.generate(600, 5).rows.to_dict("records")
+    rows = [row | {"transaction_id": f"tx_{number}"} for number, row in enumerate(sample)]
+    app = client_of(create_app(config(), model))
+    single = [post(app, "/predict", row).json["fraud_probability"] for row in rows]
+    assert len({*single}) > 200
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    for size in (1, 7, 300, 600):
+        found = [
+            prediction["fraud_probability"]
+            for start in range(0, len(rows), size)
+            for prediction in post(app, "/predict/batch", {"transactions": rows[start : start + size]}).json[
+                "predictions"
+            ]
+        ]
+        assert found == single
+    for query in ("", "?explain=true"):
+        assert [
+            row["fraud_probability"] for row in lines_of(post(app, f"/predict/batch{query}", lines, NDJSON))
+        ] == single
+        assert [post(app, f"/predict{query}", row).json["fraud_probability"] for row in rows[:50]] == single[:50]
+
+
+def test_decision_by_expected_cost(model: Model) -> None:
+    """A version with a review cost flags where probability × amount is at least that; FRAUD_THRESHOLD overrides it."""
+    metadata = msgspec.structs.replace(model.metadata, threshold=None, review_cost=5.0)
+    by_cost = replace(model, metadata=metadata, fixed_threshold=None, scorer=Fixed(0.05))
+    app = client_of(create_app(config(), by_cost))
+    found = [
+        post(app, "/predict", TRANSACTION | {"amount": amount}).json["is_fraud"] for amount in (0, 4, 99, 100, 5000)
+    ]
+    assert found == [False, False, False, True, True]
+    health = app.get("/health").json
+    assert (health["threshold"], health["review_cost"]) == (None, 5.0)
+    fixed = client_of(create_app(config(), replace(by_cost, fixed_threshold=0.01)))
+    assert post(fixed, "/predict", TRANSACTION | {"amount": 4}).json["is_fraud"]
+    assert fixed.get("/health").json["review_cost"] is None
+
+
 def test_shapley_values_are_those_of_the_definition(model: Model) -> None:
     """The mean, over all 720 orders in which fields can come, of what a field changes when it comes."""
     row, reference = Features(900, "jewelry", 3, 6, 20, -50), model.metadata.reference.transaction
@@ -679,15 +770,15 @@ def test_shapley_values_are_those_of_the_definition(model: Model) -> None:
     for order in permutations(expected):
         for place, name in enumerate(order):
             expected[name] += (worth(frozenset(order[: place + 1])) - worth(frozenset(order[:place]))) / 720
-    _, [found] = model.explain([row])
+    _, [found] = model.explain(columns_of([row]))
     assert {each.field: each.value for each in found.contributions} == pytest.approx(expected, abs=1e-9)
     assert found.contributions[0].value > 0.01
 
 
 def test_explained_batches(app: TestApp, model: Model) -> None:
     """Rows of a batch and of a stream are explained as one is, also more than are explained at a time."""
-    rows = [TRANSACTION | {"transaction_id": f"tx_{number}", "amount": 7.0 * number} for number in range(250)]
-    single = [timeless(explained(app, row)) for row in (rows[0], rows[249])]
+    rows = [TRANSACTION | {"transaction_id": f"tx_{number}", "amount": 7.0 * number} for number in range(1250)]
+    single = [timeless(explained(app, row)) for row in (rows[0], rows[-1])]
     body = "\n".join(map(json.dumps, [rows[0], {"hour": 1}, *rows[1:]])).encode()
     first, bad, *rest = lines_of(post(app, "/predict/batch?explain=true", body, NDJSON))
     for row, alone in zip((first, rest[-1]), single, strict=True):
@@ -697,20 +788,10 @@ def test_explained_batches(app: TestApp, model: Model) -> None:
         )
         assert found == pytest.approx(expected, abs=1e-9)
     assert (bad["index"], bad["status"]) == (1, 422)
-    many = client_of(create_app(config(max_batch_size="640"), model))
-    batch = explained(many, {"transactions": rows[:10]}, "/predict/batch")
-    assert [row["transaction_id"] for row in batch["predictions"]] == [row["transaction_id"] for row in rows[:10]]
+    batch = explained(app, {"transactions": rows[:5]}, "/predict/batch")
+    assert [row["transaction_id"] for row in batch["predictions"]] == [row["transaction_id"] for row in rows[:5]]
     assert all(row["explanation"]["base_value"] == first["explanation"]["base_value"] for row in batch["predictions"])
-    assert explained(many, {"transactions": rows[:11]}, "/predict/batch")["detail"] == "more than 10 transactions"
-
-
-def test_explained_streams_come_in_small_pieces(model: Model) -> None:
-    """However much is read at a time, so that nobody takes the client for a slow one."""
-    batch = Counted(Predictor(model, Metrics()), True, {})
-    lines = (json.dumps(TRANSACTION).encode() + b"\n") * 450
-    pieces = [*score_stream(batch, io.BytesIO(lines), 65536)]
-    assert sum(piece.count(b"\n") for piece in pieces) == 450
-    assert max(piece.count(b"\n") for piece in pieces) == 100
+    assert explained(app, {"transactions": rows[:6]}, "/predict/batch")["detail"] == "more than 5 transactions"
 
 
 @pytest.mark.parametrize("query", ["explain=yes", "explain=", "explain=True", "explain"])
@@ -756,6 +837,56 @@ def test_page(app: TestApp) -> None:
         r"img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         policy,
     )
+
+
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_head_and_options(app: TestApp, path: str) -> None:
+    """HEAD answers like GET without a body; OPTIONS and 405 allow the same methods (RFC 9110)."""
+    get, head = app.get(path), app.head(path)
+    assert (head.status_code, head.body, head.content_type) == (200, b"", get.content_type)
+    allowed = app.options(path).headers["Allow"]
+    assert allowed == "GET, HEAD, OPTIONS"
+    assert app.post(path, expect_errors=True).headers["Allow"] == allowed
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
+def test_options_of_predict(app: TestApp, path: str) -> None:
+    assert app.options(path).headers["Allow"] == app.get(path, expect_errors=True).headers["Allow"] == "POST, OPTIONS"
+
+
+def test_http_1_1_needs_a_host(app: TestApp) -> None:
+    """RFC 9112, section 3.2; HTTP/1.0 does not."""
+    for protocol, expected in (("HTTP/1.1", "400 Bad Request"), ("HTTP/1.0", "200 OK")):
+        environ = create_environ(path="/health/live") | {"SERVER_PROTOCOL": protocol}
+        environ.pop("HTTP_HOST")
+        assert status_of(app, environ) == expected
+
+
+def test_connections_that_cannot_be_kept(model: Model) -> None:
+    """An answer to a body that was not read, and every answer of a stopping service, ends its connection."""
+    closed: list[int] = []
+    stopping = bytearray(1)
+    made = create_app(config(api_keys="key"), model, stopping=stopping, close=lambda: closed.append(1))
+    app = client_of(made)
+    keyed = {"Authorization": "Bearer key", "Content-Type": "application/json"}
+
+    def closes(path: str, body: bytes = b"", **headers: str) -> bool:
+        closed.clear()
+        app.post(path, body, headers, expect_errors=True) if body else app.get(path, expect_errors=True)
+        return bool(closed)
+
+    assert not closes("/predict", json.dumps(TRANSACTION).encode(), **keyed)
+    assert not closes("/predict", b"{", **keyed)
+    assert not closes("/health/live")
+    assert not closes("/predict")
+    assert closes("/predict", b"{}", **{"Content-Type": "application/json"})
+    assert closes("/predict", b"{}", **(keyed | {"Content-Type": "text/plain"}))
+    assert closes("/predict", b" " * 5_000_000, **keyed)
+    assert closes("/nowhere", b"{}", **keyed)
+    assert closes("/health/live", b"{}", **keyed)
+    stopping[0] = 1
+    assert closes("/health/live")
+    assert closes("/predict", json.dumps(TRANSACTION).encode(), **keyed)
 
 
 def test_version(app: TestApp) -> None:

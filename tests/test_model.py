@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from copy import copy
 from pathlib import Path
 
 import mlflow
@@ -34,16 +33,20 @@ import data
 from conftest import config
 from model import (
     CATEGORY,
+    FIELDS,
+    LARGEST,
+    MONEY,
+    MOST_LEAVES,
     NUMBERS,
     SIGNATURE,
-    TREELITE_ROWS,
     TRUSTED_TYPES,
     Features,
+    LeafMaskScorer,
     Model,
     ModelError,
     Snapshot,
-    TreeScore,
-    _scorer,
+    choose_scorer,
+    columns_of,
     frame,
     load,
     new_folder,
@@ -69,17 +72,17 @@ TREES = {
         HistGradientBoostingClassifier(max_iter=20, categorical_features=[0], random_state=0),
         OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=np.nan),
     ),
-    "random forest": lambda: fitted(RandomForestClassifier(10, random_state=0)),
-    "extra trees": lambda: fitted(ExtraTreesClassifier(10, random_state=0)),
+    "random forest": lambda: fitted(RandomForestClassifier(10, max_leaf_nodes=64, random_state=0)),
+    "extra trees": lambda: fitted(ExtraTreesClassifier(10, max_leaf_nodes=40, random_state=0)),
     "gradient boosting": lambda: fitted(GradientBoostingClassifier(n_estimators=20, random_state=0)),
-    "one-hot": lambda: fitted(RandomForestClassifier(10, max_depth=8, random_state=0), ONE_HOT),
+    "one-hot": lambda: fitted(RandomForestClassifier(10, max_depth=4, random_state=0), ONE_HOT),
 }
 
 
 @pytest.fixture(scope="module", params=TREES)
-def trees(request: pytest.FixtureRequest) -> tuple[Pipeline, TreeScore]:
+def trees(request: pytest.FixtureRequest) -> tuple[Pipeline, LeafMaskScorer]:
     pipeline = TREES[request.param]()
-    return pipeline, TreeScore(pipeline)
+    return pipeline, LeafMaskScorer(pipeline)
 
 
 categories = st.sampled_from(list(data.CATEGORIES)) | st.text(min_size=1, max_size=64)
@@ -96,30 +99,82 @@ rows = st.builds(
 
 @settings(max_examples=100, deadline=None)
 @given(batch=st.lists(rows, min_size=1, max_size=20))
-def test_fast_path_equals_predict_proba(trees: tuple[Pipeline, TreeScore], batch: list[Features]) -> None:
-    """Every supported ensemble, known and unknown categories, ordinary and extreme numbers, both ways of scoring."""
+def test_leaf_masks_equal_predict_proba(trees: tuple[Pipeline, LeafMaskScorer], batch: list[Features]) -> None:
+    """Every supported ensemble, known and unknown categories, ordinary and extreme numbers; alone as in a batch."""
     pipeline, score = trees
-    expected = pipeline.predict_proba(frame(batch))[:, 1]
-    np.testing.assert_allclose(score(batch), expected, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(score.through_sklearn(batch), expected, rtol=0, atol=1e-9)
+    found = score(columns_of(batch))
+    np.testing.assert_allclose(found, pipeline.predict_proba(frame(columns_of(batch)))[:, 1], rtol=0, atol=1e-12)
+    assert [score(columns_of([row]))[0] for row in batch] == found.tolist()
 
 
-def test_crossing(trees: tuple[Pipeline, TreeScore]) -> None:
-    """The number of rows picks the way, and both ways keep every row in its place."""
-    pipeline, score = trees
-    every = [Features(**row) for row in DATA.head(TREELITE_ROWS + 1).to_dict("records")]
-    expected = pipeline.predict_proba(DATA.head(TREELITE_ROWS + 1))[:, 1]
-    np.testing.assert_allclose(score(every), expected, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(score(every[:-1]), expected[:-1], rtol=0, atol=1e-9)
-    few, many = copy(score), copy(score)
-    few.estimator = many.walk = None  # type: ignore[assignment]
-    assert len(few(every[:-1])) == TREELITE_ROWS
-    assert len(many(every)) == TREELITE_ROWS + 1
+ENSEMBLES = {
+    "hist": lambda leaves, seed: HistGradientBoostingClassifier(max_iter=9, max_leaf_nodes=leaves, random_state=seed),
+    "categorical": lambda leaves, seed: HistGradientBoostingClassifier(
+        max_iter=9, max_leaf_nodes=leaves, categorical_features=[0], random_state=seed
+    ),
+    "gradient": lambda leaves, seed: GradientBoostingClassifier(
+        n_estimators=9, max_depth=None, max_leaf_nodes=leaves, random_state=seed
+    ),
+    "forest": lambda leaves, seed: RandomForestClassifier(9, max_leaf_nodes=leaves, random_state=seed),
+    "extra": lambda leaves, seed: ExtraTreesClassifier(9, max_leaf_nodes=leaves, random_state=seed),
+}
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+@pytest.mark.parametrize("leaves", [2, 8, 9, 17, 33, 64])
+def test_leaf_masks_at_the_cut_points(kind: str, leaves: int) -> None:
+    """Values on every cut point, the nearest floats on either side, and the extremes; every width of mask."""
+    unknown = np.nan if kind == "categorical" else -1
+    encoder = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=unknown, max_categories=8)
+    pipeline = fitted(ENSEMBLES[kind](leaves, leaves), encoder)
+    score, random = LeafMaskScorer(pipeline), np.random.default_rng(leaves)
+    around = {
+        name: np.array(
+            [s for c in cuts for s in (c, np.nextafter(c, -np.inf), np.nextafter(c, np.inf))] + [1e300, -1e300]
+        )
+        for name, cuts in score.cuts.items()
+    }
+    around = {name: values if name in MONEY else values[np.abs(values) < 1e9] for name, values in around.items()}
+    names = np.array([*score.categories, "unknown", "\0"], object)
+    columns = [random.choice(names if name == CATEGORY else [0.0, *around[name]], 3000) for name in FIELDS]
+    array = encoded(pipeline, columns)
+    expected = pipeline[-1].predict_proba(array)[:, 1]
+    found = score(columns)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    assert found[:300].tolist() == [score([[values[row]] for values in columns])[0] for row in range(300)]
+    whole = score.coalitions([values[:300] for values in columns], [values[7] for values in columns])
+    assert whole[:, -1].tolist() == found[:300].tolist()
+    np.testing.assert_array_equal(whole[:, 0], found[7])
+
+
+def encoded(pipeline: Pipeline, columns: list[np.ndarray]) -> np.ndarray:
+    """The input of the ensemble: fractions of whole numbers too, which a DataFrame of the signature could not hold."""
+    table = pd.DataFrame(dict(zip(FIELDS, columns, strict=True))).astype(dict.fromkeys(NUMBERS, float))
+    return np.asarray(pipeline[:-1].transform(table).astype(float)).clip(-LARGEST, LARGEST)
+
+
+def test_too_many_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    """A tree of more leaves than a mask has bits is scored by the pipeline, and the log says why."""
+    caplog.set_level("INFO", "gunicorn.error")
+    estimator = fitted(RandomForestClassifier(5, max_leaf_nodes=MOST_LEAVES + 1, random_state=0))
+    assert choose_scorer(FakePyFunc(estimator), []).name == "sklearn"
+    assert caplog.messages[-1] == f"no leaf masks: a tree has {MOST_LEAVES + 1} leaves, more than {MOST_LEAVES}"
+
+
+def test_too_large_tables(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for tables of more memory than a worker should take; the size is that of the tables there would be."""
+    caplog.set_level("INFO", "gunicorn.error")
+    estimator = TREES["hist gradient boosting"]()
+    size = sum(table.nbytes for table in LeafMaskScorer(estimator).tables)
+    for bound, name in ((size, "leaf-masks"), (size - 1, "sklearn")):
+        monkeypatch.setattr("model.MOST_TABLE_BYTES", bound)
+        assert choose_scorer(FakePyFunc(estimator), []).name == name
+    assert caplog.messages[-1].startswith("no leaf masks: its tables would take 0 MB")
 
 
 def test_frame_is_what_models_are_trained_on(model: Model) -> None:
     """Same columns, same order, same kinds of values as the generated training data."""
-    built = frame([Features(**row) for row in DATA.head(50).to_dict("records")])
+    built = frame(columns_of([Features(**row) for row in DATA.head(50).to_dict("records")]))
     pd.testing.assert_frame_equal(built, DATA.head(50), check_dtype=False)
     assert [(column, dtype.kind) for column, dtype in built.dtypes.items()] == [
         (column, dtype.kind) for column, dtype in DATA.dtypes.items()
@@ -171,7 +226,7 @@ def saved_function(folder: Path, function: Callable[[pd.DataFrame], object]) -> 
 
 
 def test_forest(tmp_path: Path) -> None:
-    assert load(saved(tmp_path, TREES["random forest"]()), config()).scorer == "treelite"
+    assert load(saved(tmp_path, TREES["random forest"]()), config()).scorer.name == "leaf-masks"
 
 
 def test_model_without_fast_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -179,9 +234,9 @@ def test_model_without_fast_path(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     caplog.set_level("INFO", "gunicorn.error")
     estimator = fitted(LogisticRegression(), ONE_HOT, StandardScaler())
     loaded = load(saved(tmp_path, estimator), config())
-    assert loaded.scorer == "sklearn"
+    assert loaded.scorer.name == "sklearn"
     assert [re.sub(":.*", "", record.message) for record in caplog.records if record.name == "gunicorn.error"] == [
-        "no fast path"
+        "no leaf masks"
     ]
     batch = [Features(**row) for row in DATA.head(5).to_dict("records")]
     np.testing.assert_array_equal(loaded.score(batch), estimator.predict_proba(DATA.head(5))[:, 1])
@@ -207,13 +262,13 @@ class Doubtful(HistGradientBoostingClassifier):
 def test_disagreement_means_no_fast_path(caplog: pytest.LogCaptureFixture) -> None:
     """What looks accelerable and scores otherwise is found out at load, and served through itself."""
     estimator = fitted(Doubtful(max_iter=20))
-    TreeScore(estimator)  # built without complaint
-    scorer, score = _scorer(FakePyFunc(estimator), [])
-    assert scorer == "sklearn"
-    assert re.fullmatch(r"no fast path: treelite and scikit-learn differ by 0\.\d+", caplog.messages[-1])
+    LeafMaskScorer(estimator)  # built without complaint
+    scorer = choose_scorer(FakePyFunc(estimator), [])
+    assert scorer.name == "sklearn"
+    assert re.fullmatch(r"no leaf masks: they differ from predict_proba by 0\.\d+", caplog.messages[-1])
     np.testing.assert_array_equal(
-        score([Features(500.0, "travel", 1.0, 1.0, 30.0, 100.0)]),
-        estimator.predict_proba(frame([Features(500.0, "travel", 1.0, 1.0, 30.0, 100.0)]))[:, 1],
+        scorer(columns_of([Features(500.0, "travel", 1.0, 1.0, 30.0, 100.0)])),
+        estimator.predict_proba(frame(columns_of([Features(500.0, "travel", 1.0, 1.0, 30.0, 100.0)])))[:, 1],
     )
 
 
@@ -226,7 +281,7 @@ def test_pyfunc(tmp_path: Path, shape: str) -> None:
         return p if shape == "(n,)" else np.column_stack([1 - p, p]) if shape == "(n, 2)" else pd.Series(p)
 
     loaded = load(saved_function(tmp_path, probabilities), config())
-    assert loaded.scorer == "pyfunc"
+    assert loaded.scorer.name == "pyfunc"
     assert loaded.score([Features(1.0, "new", 6.0, 0.0, 30.0, 0.0)]).tolist() == [0.25]
 
 
@@ -246,7 +301,7 @@ def test_pyfunc_that_stops_giving_probabilities(tmp_path: Path) -> None:
 def test_changed_numbers_mean_no_fast_path(rest: object) -> None:
     """Also where no probe would show it, as for an imputer of one value."""
     with pytest.raises(ValueError, match="not passed through"):
-        TreeScore(fitted(RandomForestClassifier(5), ORDINAL, rest))
+        LeafMaskScorer(fitted(RandomForestClassifier(5, max_leaf_nodes=9), ORDINAL, rest))
 
 
 def test_many_categories() -> None:
@@ -256,10 +311,10 @@ def test_many_categories() -> None:
     columns = make_column_transformer((ORDINAL, [CATEGORY]), remainder="passthrough")
     labels = np.arange(len(data)) % 2
     estimator = make_pipeline(columns, HistGradientBoostingClassifier(max_iter=5)).fit(data, labels)
-    scorer, score = _scorer(FakePyFunc(estimator), [])
-    assert scorer == "treelite"
-    batch = [Features(**row) for row in data.tail(100).to_dict("records")]
-    np.testing.assert_allclose(score(batch), estimator.predict_proba(data.tail(100))[:, 1], rtol=0, atol=1e-9)
+    scorer = choose_scorer(FakePyFunc(estimator), [])
+    assert scorer.name == "leaf-masks"
+    batch = columns_of([Features(**row) for row in data.tail(100).to_dict("records")])
+    np.testing.assert_allclose(scorer(batch), estimator.predict_proba(data.tail(100))[:, 1], rtol=0, atol=1e-9)
 
 
 def refusal(snapshot: Snapshot) -> str:
@@ -346,7 +401,7 @@ def test_changed_golden_score_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        (None, "Object missing required field `threshold`"),
+        (None, "Object missing required field `golden`"),
         (
             {
                 "threshold": 0.5,

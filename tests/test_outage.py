@@ -4,9 +4,12 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
+
+import pytest
 
 from chaos import Chaos, Load, Relay
-from conftest import NAME, TRANSACTION, running, wait_until
+from conftest import NAME, TRANSACTION, Through, running, wait_until
 from model import Model, Transaction
 
 
@@ -20,22 +23,23 @@ def test_kills_without_a_registry(champion: str, model: Model, chaos: Chaos) -> 
     Clients do not try again. Every failure is of a request that was under way when a worker was killed.
     """
     relay = Relay(champion)
-    kills: list[float] = []
+    kills: list[tuple[float, float]] = []  # from the signal until the process is gone
     with running(relay.url, model_poll_seconds="1", web_concurrency="2") as service:
         relay.silent = True
-        with Load(service.port, TRANSACTION, clients=8, retry=False) as load:
+        with Load(service.port, TRANSACTION, clients=8) as load:
             for number in chaos.rounds("workers killed without a registry"):
                 load.wait_for(100)
-                kills.append(time.monotonic())
-                victim = random.choice(service.workers())
+                victim, killed = random.choice(service.workers()), time.monotonic()
                 os.kill(victim, signal.SIGABRT if number % 3 else signal.SIGKILL)
+                wait_until(lambda victim=victim: not Path(f"/proc/{victim}").exists(), "the worker is gone")
+                kills.append((killed, time.monotonic()))
                 wait_until(lambda: service.log.count("Worker ready") == 2 + len(kills), "the worker is replaced")
                 if number == 1:
                     relay.cut()
         assert service.popen.poll() is None
         service.post("/predict", TRANSACTION)
-    lost = [answer for answer in load.lost if not any(answer.started - 0.1 <= kill <= answer.ended for kill in kills)]
-    assert lost == []
+    for answer in load.lost:
+        assert any(answer.started <= gone and killed <= answer.ended for killed, gone in kills), answer
     assert len(load.lost) <= 8 * len(kills)
     assert {answer.model for answer in load.answers if answer.model} == expected(model)
     chaos.report(
@@ -45,20 +49,23 @@ def test_kills_without_a_registry(champion: str, model: Model, chaos: Chaos) -> 
     )
 
 
-def test_recycling_without_a_registry(champion: str, model: Model, chaos: Chaos) -> None:
-    """`max_requests` replaces workers all the time: a client that tries again on a closed connection loses none."""
+@pytest.mark.parametrize("through", ["direct", pytest.param("nginx", marks=pytest.mark.long)], indirect=True)
+def test_recycling_without_a_registry(champion: str, model: Model, through: Through, chaos: Chaos) -> None:
+    """`max_requests` replaces workers all the time: clients that keep connections and never retry lose nothing."""
     relay = Relay(champion)
     options = {"gunicorn_cmd_args": "--max-requests 500 --max-requests-jitter 100", "web_concurrency": "2"}
-    with running(relay.url, **options) as service:
+    with running(relay.url, **options) as service, through(service) as port:
         relay.cut()
-        with Load(service.port, TRANSACTION, clients=8) as load:
-            for _ in chaos.rounds("workers recycled"):
-                load.wait_for(2000)
+        with Load(port, TRANSACTION, clients=8, paced=8) as load:
+            for _ in chaos.rounds(f"workers recycled, port {port}"):
+                load.wait_for(1500)
         recycled = service.log.count("Autorestarting worker")
     assert recycled >= 2
     assert load.lost == []
+    assert load.dropped == 0
     assert {answer.model for answer in load.answers} == expected(model)
-    chaos.report(f"{recycled} workers recycled, registry gone", f"{len(load.answers):,} requests", "0")
+    where = ", through nginx" if port != service.port else ""
+    chaos.report(f"{recycled} workers recycled, registry gone{where}", f"{len(load.answers):,} requests", "0")
 
 
 def test_a_worker_that_cannot_start(champion: str) -> None:

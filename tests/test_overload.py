@@ -3,8 +3,8 @@
 import asyncio
 import http.client
 import json
+import math
 import os
-import re
 import socket
 import threading
 import time
@@ -12,7 +12,8 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -28,7 +29,7 @@ from chaos import Chaos, Load
 from conftest import BODY, LINE, TRANSACTION, Service, running, wait_until
 from model import CATEGORY, NUMBERS
 
-pytestmark = pytest.mark.alone  # they load every core and measure time
+pytestmark = pytest.mark.alone  # they load every core
 
 
 def head(path: str = "/predict", more: str = f"Content-Type: application/json\r\nContent-Length: {len(BODY)}") -> bytes:
@@ -84,12 +85,15 @@ class Slow:
 
 
 def test_slow_clients(champion: str, chaos: Chaos) -> None:
-    """200 connections that send a byte a second or read nothing: nobody else waits for them, and they are cut."""
+    """200 connections that send a byte a second or read nothing are closed; the requests of others are all answered.
+
+    Memory grows by at most 150 MB. On an idle machine no other request takes more than a second.
+    """
     longer = head(more="Content-Type: application/json\r\nContent-Length: 1000000") + BODY
     chunks = (
         STREAM + b"%X\r\n%s\r\n" % (len(LINE) * 100, LINE * 100) * 1000
     )  # more than the kernel keeps of its answers
-    with running(champion, web_concurrency="2", slow_seconds="2") as service:
+    with running(champion, web_concurrency="2", slow_seconds="1") as service:
         service.post("/predict", TRANSACTION)
         before = service.memory()
         zeros = head(more=f"Content-Type: application/json\r\nContent-Length: {len(BODY):020}") + BODY
@@ -106,12 +110,12 @@ def test_slow_clients(champion: str, chaos: Chaos) -> None:
         assert service.log.count("Traceback") == 0
     slowest = max(answer.ended - answer.started for answer in load.answers)
     assert load.lost == []
-    assert slowest < 1
-    assert grown < 20 * 10 * 1024  # a stream takes some 5 MB
+    assert grown < 150 * 1024
+    assert slowest < 1 or not chaos.long
     chaos.report(
         "200 clients that send a byte a second or read nothing",
         f"{len(load.answers):,} requests of others",
-        f"0; the slowest took {slowest * 1000:.0f} ms",
+        f"0; the slowest took {slowest * 1000:.0f} ms, memory grew by {grown / 1024:.0f} MB",
     )
 
 
@@ -123,14 +127,82 @@ def alone(champion: str) -> Iterator[Service]:
 
 
 def test_clients_that_ask_and_never_read(alone: Service) -> None:
-    """The few threads for short requests are not for those who leave their answers unread."""
+    """Clients that leave their answers unread take nothing from the others."""
     batch = json.dumps({"transactions": [TRANSACTION] * 40}).encode()
     ask = head("/predict/batch", f"Content-Type: application/json\r\nContent-Length: {len(batch)}") + batch
     slow = Slow(alone, [(ask * 2000, 0)] * 10, fast=True)
     with slow, Load(alone.port, TRANSACTION, clients=2) as load:
-        load.wait_for(2000)
+        load.wait_for(1000)
     assert load.lost == []
-    assert max(answer.ended - answer.started for answer in load.answers) < 2
+
+
+class Stream:
+    """A stream of JSON lines that goes on until it is over, with its answers read and counted."""
+
+    def __init__(self, service: Service) -> None:
+        self.connection, self.over, self.answers = service.connect(), threading.Event(), 0
+        self.threads = [threading.Thread(target=target) for target in (self.send, self.receive)]
+
+    def __enter__(self) -> "Stream":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+        self.connection.close()
+
+    def send(self) -> None:
+        self.connection.sendall(STREAM)
+        while not self.over.is_set():
+            self.connection.sendall(b"%X\r\n%s\r\n" % (len(LINE) * 500, LINE * 500))
+        self.connection.sendall(b"0\r\n\r\n")
+
+    def receive(self) -> None:
+        """The head and the last chunk of the answer are looked at, the rest is counted."""
+        received = data = self.connection.recv(2**20)
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        while not data.endswith(b"0\r\n\r\n"):
+            data = self.connection.recv(2**20)
+            assert data, "the stream was cut off"
+            self.answers += data.count(b"is_fraud")
+
+
+def test_streams_and_explanations(alone: Service, chaos: Chaos) -> None:
+    """Beside 8 long streams and a client of explained batches every single request is answered, and none refused."""
+    batch = json.dumps({"transactions": [TRANSACTION] * 150})
+    explained: Counter[int] = Counter()
+    over = threading.Event()
+
+    def explain() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", alone.port, timeout=60)
+        while not over.is_set():
+            connection.request("POST", "/predict/batch?explain=true", batch, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            explained[answer.status] += 1
+        connection.close()
+
+    explainer = threading.Thread(target=explain)
+    with ExitStack() as stack:
+        streams = [stack.enter_context(Stream(alone)) for _ in range(8)]
+        explainer.start()
+        wait_until(lambda: all(stream.answers for stream in streams) and explained, "all of them are answered")
+        with Load(alone.port, TRANSACTION, clients=4) as load:
+            for _ in chaos.rounds("streams and explanations"):
+                load.wait_for(50)
+        over.set()
+        explainer.join()
+    assert load.lost == []
+    assert {*explained} == {200}
+    rows = sum(stream.answers for stream in streams)
+    chaos.report(
+        f"8 streams ({rows:,} rows) and {explained[200]:,} explained batches at the same time",
+        f"{len(load.answers):,} single requests of others",
+        "0",
+    )
 
 
 def test_large_batches_at_once(alone: Service) -> None:
@@ -185,8 +257,8 @@ def slow_model(champion: str) -> str:
     return "models:/slow/1"
 
 
-async def ask(port: int, outcomes: list[tuple[str, float]]) -> None:
-    """One request on a connection of its own: the status it got, and seconds since it was connected."""
+async def ask(port: int, outcomes: list[tuple[str, float]], path: str = "/predict") -> None:
+    """One request on a connection of its own: the status of its answer, and seconds since it was connected."""
     try:
         reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 1)
     except (OSError, TimeoutError):
@@ -195,17 +267,21 @@ async def ask(port: int, outcomes: list[tuple[str, float]]) -> None:
     started = time.monotonic()
     try:
         more = f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(BODY)}"
-        writer.write(head(more=more) + BODY)
-        answer = await asyncio.wait_for(reader.read(), 10)
+        request = head(more=more) + BODY
+        if path != "/predict":
+            request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(), 60)
         status = answer[9:12].decode()
         if status == "503":
-            assert b"\r\nRetry-After: 1\r\n" in answer
             fields, _, body = answer.partition(b"\r\n\r\n")
+            headers = dict(line.split(": ", 1) for line in fields.decode().lower().split("\r\n")[1:])
+            assert headers["retry-after"] == "1"
             assert json.loads(body) == {
                 "type": "about:blank",
                 "title": "Service Unavailable",
                 "status": 503,
-                "request_id": re.findall(r"X-Request-ID: (\w+)", fields.decode())[0],
+                "request_id": headers["x-request-id"],
             }
         outcomes.append((status or "closed", time.monotonic() - started))
     except (OSError, TimeoutError) as error:
@@ -214,32 +290,40 @@ async def ask(port: int, outcomes: list[tuple[str, float]]) -> None:
         writer.close()
 
 
-async def offer(
-    port: int, rate: float, seconds: float, watch: Callable[[float], None]
-) -> tuple[list[tuple[str, float]], float, float]:
-    """So many requests a second, whatever becomes of those before (an open loop).
+@dataclass
+class Offered:
+    """What became of the requests and of the probes beside them, and seconds until one is answered at once again."""
 
-    What became of them, how long it takes to recover, and how late this program itself was at most: on a busy machine
-    that is in what it measures.
-    """
-    outcomes: list[tuple[str, float]] = []
-    tasks, started, number, late = set(), time.monotonic(), 0, 0.0
+    outcomes: list[tuple[str, float]] = field(default_factory=list)
+    probes: list[tuple[str, float]] = field(default_factory=list)
+    recovered: float = 0
+
+    def counts(self) -> Counter[str]:
+        return Counter(status for status, _ in self.outcomes)
+
+
+async def offer(port: int, rate: float, seconds: float, watch: Callable[[float], None]) -> Offered:
+    """So many requests a second, whatever becomes of those before (an open loop), and twice a second a probe."""
+    offered, tasks = Offered(), set()
+    started, number, probes = time.monotonic(), 0, 0
     while (now := time.monotonic() - started) < seconds:
-        while number < now * rate:
-            task = asyncio.create_task(ask(port, outcomes))
+        new = [ask(port, offered.outcomes) for _ in range(number, math.ceil(now * rate))]
+        number += len(new)
+        if probes <= 2 * now:
+            probes += 1
+            new.append(ask(port, offered.probes, "/health/live"))
+        for coroutine in new:
+            task = asyncio.create_task(coroutine)
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-            number += 1
         watch(now / seconds)
-        asleep = time.monotonic()
         await asyncio.sleep(0.005)
-        late = max(late, time.monotonic() - asleep)
     over, after = time.monotonic(), [("", 0.0)]
-    while after[-1][0] != "200":
+    while after[-1][0] != "200" and time.monotonic() - over < 60:
         await ask(port, after)
-    recovered = time.monotonic() - over
+    offered.recovered = time.monotonic() - over
     await asyncio.gather(*tasks)
-    return outcomes, recovered, late
+    return offered
 
 
 @contextmanager
@@ -258,34 +342,42 @@ def on_another_core(service: Service) -> Iterator[None]:
 
 
 def test_ten_times_the_capacity(champion: str, slow_model: str, chaos: Chaos) -> None:
-    """What is accepted is answered within about MAX_WAIT_MS, the rest is told to come again or not let in."""
-    wait, seconds = 0.5, max(chaos.seconds, 4)
+    """At least half the capacity is answered, and the rest is 503 with Retry-After, or waits to connect.
+
+    Memory does not grow, and probes are answered. On an idle machine the p99 of the answers is at most a second. Where
+    others use the same cores, the capacity that was measured is a guess: then a quarter of it is enough.
+    """
+    seconds = max(chaos.seconds, 4)
     options = {"model_uri": slow_model, "max_connections": "200", "max_wait_ms": "500"}
     with running(champion, web_concurrency="1", **options) as service, on_another_core(service):
         with Load(service.port, TRANSACTION, clients=4) as load:
             load.wait_for(400)
         capacity = len(load.answers) / (load.answers[-1].ended - load.answers[0].started)
-        sizes: list[int] = []
+        workers, sizes = service.workers(), []
 
         def watch(done: float) -> None:
             if len(sizes) < done * 10:
                 sizes.append(service.memory())
 
-        outcomes, recovered, late = asyncio.run(offer(service.port, 10 * capacity, seconds, watch))
+        offered = asyncio.run(offer(service.port, 10 * capacity, seconds, watch))
         assert "Traceback" not in service.log
-        counts = Counter(status for status, _ in outcomes)
-        refused = [line for line in service.requests if line["status"] == 503]
-    assert len(refused) >= counts["503"]
-    answered = sorted(taken for status, taken in outcomes if status == "200")
+        assert service.workers() == workers
+    counts = offered.counts()
+    answered = sorted(taken for status, taken in offered.outcomes if status == "200")
     p99 = answered[int(0.99 * len(answered))]
     assert {*counts} <= {"200", "503", "not connected"}
-    assert counts["503"] > 0
-    assert len(answered) / seconds > 0.5 * capacity
-    assert p99 < 4 * wait + 3 * late  # connected, sent and read, each when this program comes to it
-    assert recovered < 1 + 3 * late
+    assert counts["503"] + counts["not connected"] > 0
+    assert len(answered) / seconds > capacity * (0.5 if chaos.long else 0.25)
+    assert {status for status, _ in offered.probes} <= {"200", "not connected"}
+    assert "200" in {status for status, _ in offered.probes}
+    assert offered.recovered < 60
     assert sizes[-1] - sizes[len(sizes) // 3] < 20 * 1024
+    if chaos.long:
+        assert p99 < 1
+        assert offered.recovered < 2
     chaos.report(
         f"10 times the capacity ({10 * capacity:,.0f} requests/s) for {seconds:.0f} s, MAX_WAIT_MS=500",
         f"{sum(counts.values()):,} requests: {counts['200']:,} answered, p99 {p99 * 1000:.0f} ms",
-        f"{counts['503']:,} told to come again, {counts['not connected']:,} not let in; well after {recovered:.1f} s",
+        f"{counts['503']:,} refused with 503, {counts['not connected']:,} not connected within 1 s; "
+        f"recovered after {offered.recovered:.1f} s",
     )

@@ -28,7 +28,7 @@ import versions
 from conftest import HERE, TRANSACTION, Process, config, trained
 from data import DataError, Sample, Split
 from fraud_api import create_app
-from model import CATEGORY, NUMBERS, Features, Model, ModelError, TreeScore, acquire, load
+from model import CATEGORY, NUMBERS, Features, LeafMaskScorer, Model, ModelError, acquire, columns_of, load
 from report import CHAMPION, NEW, Evidence, Rule, Scored, cost_curve
 from train import BASELINE
 
@@ -81,7 +81,7 @@ def test_categories_are_sets() -> None:
     new = rows.head(100).assign(**{CATEGORY: "of a new kind"})
     batch = [Features(*row) for row in pd.concat([rows.tail(100), new]).itertuples(index=False)]
     expected = model.predict_proba(pd.concat([rows.tail(100), new]))[:, 1]
-    np.testing.assert_allclose(TreeScore(model)(batch), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(LeafMaskScorer(model)(columns_of(batch)), expected, rtol=0, atol=1e-12)
 
 
 def test_rare_categories_are_one(tmp_path: Path) -> None:
@@ -90,7 +90,9 @@ def test_rare_categories_are_one(tmp_path: Path) -> None:
     rows = SAMPLE.rows.assign(**{CATEGORY: [f"kind {number:03}" for number in numbers]})
     model = train.pipeline(3, 0).fit(rows, SAMPLE.labels)
     assert np.nanmax(model[0].transform(rows)[:, 0]) == 253
-    assert model.predict_proba(rows).shape == (12_000, 2)
+    batch = [Features(*row) for row in rows.head(1000).itertuples(index=False)]
+    expected = model.predict_proba(rows.head(1000))[:, 1]
+    np.testing.assert_allclose(LeafMaskScorer(model)(columns_of(batch)), expected, rtol=0, atol=1e-12)
     [note] = data.read(written(tmp_path, rows.assign(is_fraud=SAMPLE.labels), "t.csv")).notes
     assert note == "299 values of merchant_category: the 46 rarest are taken as one"
 
@@ -345,7 +347,7 @@ def gated(registry: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     weak = (*weak, "--cost-missed", "400", "--cost-review", "2", "--max-alert-rate", "0.05", "--promote", "always")
     assert trained(registry, *weak) == 0
     assert versions.aliases("gated") == {"champion": "1"}
-    assert trained(registry, "--name", "gated", "--release", "better", "--rows", "60000", "--owner", "Risk") == 0
+    assert trained(registry, "--name", "gated", "--release", "better", "--rows", "40000", "--owner", "Risk") == 0
     return registry, path
 
 
@@ -432,7 +434,7 @@ def test_options_arrive(gated: tuple[str, Path]) -> None:
     threshold = float(client.get_run(version("1").run_id).data.params["threshold"])
     training, _, _ = data.split(SAMPLE, 0.3)
     assert (weak.predict_proba(training.rows)[:, 1] >= threshold).mean() < 0.15
-    _, held_out, _ = data.split(data.generate(60_000, 0), 0.2)
+    _, held_out, _ = data.split(data.generate(40_000, 0), 0.2)
     flagged = weak.predict_proba(held_out.rows)[:, 1] >= threshold
     assert client.get_run(version("2").run_id).data.metrics["alert_rate_champion"] == flagged.mean()
 
@@ -574,19 +576,42 @@ def test_metadata_round_trip(champion: str, model: Model, app: TestApp) -> None:
         assert answer["is_fraud"] is bool(probability >= float(run.data.params["threshold"]))
 
 
+def test_a_version_that_decides_by_expected_cost(registry: str, tmp_path: Path) -> None:
+    """It carries a review cost and no threshold; the service decides as was measured, and so does the next training."""
+    words = ("--name", "by-cost", "--decide-by", "expected-cost", "--cost-review", "4", "--promote", "always")
+    words = (*words, "--rows", "15000", "--trees", "5")
+    assert trained(registry, *words) == 0
+    known = config(mlflow_tracking_uri=registry, model_uri="models:/by-cost@champion")
+    served = load(acquire(known, tmp_path, 60), known)
+    assert (served.metadata.threshold, served.metadata.review_cost) == (None, 4.0)
+    run = MlflowClient().get_run(MlflowClient().get_model_version("by-cost", "1").run_id)
+    _, held_out, _ = data.split(data.generate(15_000, 0), 0.2)
+    flagged = Rule("review_cost", 4.0).flags(train.scores_of(served, held_out), held_out)
+    assert run.data.metrics["alert_rate"] == flagged.mean()
+    app = TestApp(create_app(known, served))
+    for place in [*np.flatnonzero(flagged)[:20], *np.flatnonzero(~flagged)[:20]]:
+        answer = app.post_json("/predict", {"transaction_id": "t", **held_out.rows.iloc[place].to_dict()}).json
+        assert answer["is_fraud"] is bool(flagged[place])
+    assert trained(registry, "--name", "by-cost", "--promote", "never", "--rows", "15000", "--trees", "5") == 0
+    again = MlflowClient().get_run(MlflowClient().get_model_version("by-cost", "2").run_id)
+    assert again.data.metrics["alert_rate_champion"] == flagged.mean()
+
+
 def test_a_model_of_your_own(registry: str, tmp_path: Path) -> None:
     """README's lines, run as they stand, make a version that the service takes."""
     readme = (HERE / "README.md").read_text()
     [code] = re.findall(r"```python\n(import mlflow\n.*?)```", readme.partition("### A model of your own")[2], re.S)
     columns = train.pipeline(1, 0)[0]
-    forest = make_pipeline(columns, RandomForestClassifier(5, random_state=0)).fit(SAMPLE.rows, SAMPLE.labels)
+    forest = make_pipeline(columns, RandomForestClassifier(5, max_leaf_nodes=32, random_state=0)).fit(
+        SAMPLE.rows, SAMPLE.labels
+    )
     exec(code, {"model": forest, "rows": SAMPLE.rows})
     known = config(mlflow_tracking_uri=registry, model_uri="models:/my-model@champion")
     app = TestApp(create_app(known, load(acquire(known, tmp_path, 60), known)))
     frame = pd.DataFrame([{name: TRANSACTION[name] for name in SAMPLE.rows}])
     answer = app.post_json("/predict", TRANSACTION).json
     assert answer["fraud_probability"] == pytest.approx(forest.predict_proba(frame)[0, 1], abs=1e-9)
-    assert app.get("/health").json["scorer"] == "treelite"
+    assert app.get("/health").json["scorer"] == "leaf-masks"
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -612,7 +637,8 @@ def test_a_model_of_your_own(registry: str, tmp_path: Path) -> None:
         ["--name", "a/b"],
         ["--cost-review", "inf"],
         ["--decide-by", "mood"],
-        ["--cost-missed", "4", "--decide-by", "expected-cost"],
+        ["--decide-by", "expected-cost", "--cost-missed", "4"],
+        ["--decide-by", "expected-cost", "--cost-review", "0"],
     ],
 )
 def test_wrong_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

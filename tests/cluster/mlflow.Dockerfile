@@ -1,4 +1,4 @@
-# MLflow's server, as the development lock has it, for the test in a cluster.
+# The MLflow server for tests/cluster, in the version that requirements-dev.txt pins.
 ARG PYTHON_IMAGE
 FROM ${PYTHON_IMAGE}
 WORKDIR /data

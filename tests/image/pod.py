@@ -1,7 +1,9 @@
-"""From the rendered manifests on standard input what `podman kube play` takes: the ConfigMap and the Deployment.
+"""Read the rendered manifests from standard input and print the ConfigMap and the Deployment for `podman kube play`.
 
-Only the image, the registry's address (this machine's, seen from the pod) and the port outside are others, and the key
-comes with the ConfigMap: what podman takes for a Secret differs from version to version.
+    kubectl kustomize k8s | python pod.py IMAGE REGISTRY_PORT POD_PORT
+
+Changed are the image, the model version, the registry's address (this machine, as the pod sees it) and the host's port.
+The API key is in the ConfigMap, because versions of podman differ in how they read a Secret.
 """
 
 import sys

@@ -1,7 +1,8 @@
 #!/bin/bash
-# Build the image and run it as Kubernetes would, alone and as the rendered Deployment; take away the registry and a
-# worker; stop it. Needs root, podman, runc, catatonit, kubectl, curl, .venv, and mmdebstrap where no registry of images
-# can be reached: then a stand-in for the base is made of Debian. `make image-test`.
+# Build the image twice and compare the layers. Run it twice, by `podman run` and as the rendered Deployment, with the
+# restrictions that Kubernetes applies. Stop the registry, kill a worker, then stop the container.
+# Needs root, podman, runc, catatonit, kubectl, curl and .venv. Where Docker Hub cannot be reached it also needs
+# mmdebstrap, to make a replacement for the base image from Debian packages. `make image-test` runs it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -44,17 +45,23 @@ replaced() {
     test "$(workers | wc -l)" = 2 && test "$(comm -12 <(workers) <(echo "$before") | wc -l)" = 1 && predicts
 }
 
-# Where root may not raise limits, podman's own would end in "error setting rlimit".
+# podman's default ulimits fail with "error setting rlimit" where root may not raise them (in another container).
 printf '[containers]\ndefault_ulimits = ["nofile=%s:%s", "nproc=4096:4096"]\n' "$(ulimit -Hn)" "$(ulimit -Hn)" \
     > "$work/containers.conf"
-export CONTAINERS_CONF=$work/containers.conf
+# CONTAINERS_CONF_OVERRIDE adds to the system's configuration. Old versions (4.3, for one) only know CONTAINERS_CONF,
+# which replaces it; without the system's configuration podman 5 fails on GitHub's runners (runner-images#14473).
+if grep -q CONTAINERS_CONF_OVERRIDE "$(command -v podman)"; then
+    export CONTAINERS_CONF_OVERRIDE=$work/containers.conf
+else
+    export CONTAINERS_CONF=$work/containers.conf
+fi
 
 if [ -z "${PYTHON_IMAGE:-}" ]; then
     PYTHON_IMAGE=$(sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile)
     if ! podman pull --quiet "$PYTHON_IMAGE" > /dev/null 2>&1; then
         PYTHON_IMAGE=localhost/python-standin:3.13
         export BUILD_PACKAGES="gcc libc6-dev libpython3-dev"
-        # Without /dev: a root's /dev/shm in the image would be the volume's.
+        # Leave out /dev: podman would give the owner of the image's /dev/shm to the volume mounted there.
         podman image exists $PYTHON_IMAGE || mmdebstrap --quiet --variant=apt --include=python3-venv,ca-certificates \
             --skip=output/dev --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
             trixie - | podman import --quiet - $PYTHON_IMAGE > /dev/null
@@ -63,13 +70,13 @@ fi
 export PYTHON_IMAGE
 make --silent image BUILDER=podman IMAGE=localhost/fraud-api TAG=test > "$work/build.log" 2>&1
 size() { podman image inspect "$1" --format '{{.Size}}' | numfmt --to=si; }
-ok "it builds on $PYTHON_IMAGE: $(size $image) bytes, of which the base has $(size "$PYTHON_IMAGE")"
+ok "the image builds on $PYTHON_IMAGE: $(size $image) bytes, $(size "$PYTHON_IMAGE") of them in the base image"
 layers() { podman image inspect $image --format '{{.RootFS.Layers}}' | sha256sum | cut -c 1-16; }
 first=$(layers)
 make --silent image BUILDER=podman IMAGE=localhost/fraud-api TAG=test > "$work/again.log" 2>&1
-is "it builds again, to the same layers" "$(layers)" "$first"
+is "a second build gives the same layers" "$(layers)" "$first"
 # shellcheck disable=SC2016
-check "no compiler, installer or test tools in it, nor the full MLflow" \
+check "the image has no compiler, installer, test tool or full MLflow" \
     podman run --rm --network=none --no-healthcheck $image sh -c '! python -c "import sqlalchemy" 2> /dev/null &&
         for name in cc gcc pip pip3 uv pytest; do ! command -v $name || exit 1; done'
 
@@ -78,8 +85,8 @@ MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true setsid .v
     --host 0.0.0.0 --port "$registry_port" --allowed-hosts '*' --workers 1 \
     --backend-store-uri "sqlite:///$work/mlflow.db" --artifacts-destination "$work/artifacts" > "$work/mlflow.log" 2>&1 &
 registry=$!
-await "a registry" fetch "http://127.0.0.1:$registry_port/health"
-MLFLOW_TRACKING_URI=http://127.0.0.1:$registry_port check "a model in it" \
+await "the registry answers" fetch "http://127.0.0.1:$registry_port/health"
+MLFLOW_TRACKING_URI=http://127.0.0.1:$registry_port check "a model is registered" \
     .venv/bin/python train.py --rows 20000 --trees 30 --budget 1 --release v1.2.3 2> "$work/train.log"
 
 podman run --detach --name single --network=host --no-healthcheck --read-only --read-only-tmpfs=false --user 10001 \
@@ -88,7 +95,7 @@ podman run --detach --name single --network=host --no-healthcheck --read-only --
 kubectl kustomize k8s | .venv/bin/python tests/image/pod.py $image "$registry_port" "$pod_port" > "$work/pod.yaml"
 podman kube play "$work/pod.yaml" > "$work/kube.log" 2>&1
 pod=$(podman ps --format '{{.Names}}' --filter name='fraud-api-pod.*-fraud-api$')
-await "podman run: ready, as 10001 without capabilities, read-only" fetch "http://127.0.0.1:$single_port/health/ready"
+await "podman run: ready as user 10001, without capabilities, read-only" fetch "http://127.0.0.1:$single_port/health/ready"
 await "podman kube play: the rendered Deployment is ready" fetch "http://127.0.0.1:$pod_port/health/ready"
 found=$(fetch "http://127.0.0.1:$pod_port/version" | sed 's/.*"commit": *"\([^"]*\)".*/\1/')
 is "the commit in /version" "$found" "$commit"
@@ -97,9 +104,9 @@ kill -- -"$registry" && registry=""
 while read -r container url; do
     before=$(workers)
     podman exec "$container" sh -c "kill -9 ${before%%[!0-9]*}"
-    await "$container: without the registry, a killed worker is replaced, and it predicts" replaced
+    await "$container: without the registry, a killed worker is replaced and /predict answers" replaced
     check "$container: the image's HEALTHCHECK" podman exec "$container" python -c "$healthcheck"
-    is "$container: files written" "$(podman diff "$container" | grep -vx 'C /etc')" "" # podman's own, for /etc/hosts
+    is "$container: files written" "$(podman diff "$container" | grep -vx 'C /etc')" "" # podman writes /etc/hosts
     podman stop --time 35 "$container" > /dev/null 2>&1
     is "$container: exit status after SIGTERM" "$(podman inspect "$container" --format '{{.State.ExitCode}}')" 0
 done << E2

@@ -1,0 +1,373 @@
+"""The processes: a worker that slow clients cannot block, and a supervisor that replaces workers one by one.
+
+Both rest on gunicorn's threaded worker and its master. `PRIVATE` lists the names that they use and that gunicorn's
+documentation does not promise. A test looks them up in the installed version, and requirements.in bounds gunicorn to
+the minor version that they were checked with.
+"""
+
+import math
+import mmap
+import os
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gunicorn import util
+from gunicorn.arbiter import Arbiter
+from gunicorn.http.errors import ParseException
+from gunicorn.workers.gthread import TConn, ThreadWorker
+from msgspec import structs
+
+import fraud_api
+import telemetry
+from config import Config
+from model import ModelError, ModelFetcher, Snapshot
+
+SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
+LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
+ACCEPTS = 64  # connections accepted in one turn of the main loop
+METRICS_BLOCKS = 4096
+PRIVATE = {
+    ThreadWorker: (
+        "accept enqueue_req finish_request handle handle_request get_thread_pool set_accept_enabled run handle_error "
+        "wait_for_and_dispatch_events on_client_socket_readable init_process",
+        "alive booted keepalived_conns max_keepalived method_queue nr_conns poller tpool worker_connections",
+    ),
+    TConn: ("set_timeout close", "client data_ready parser sock timeout"),
+    Arbiter: ("manage_workers handle_hup handle_term", "WORKERS num_workers"),
+}
+current = threading.local()  # of this thread: the parsed `request`, and whether it has a `place`
+
+
+class Overloaded(ParseException):  # type: ignore[misc]
+    """Too many requests are in progress, or this one has waited too long."""
+
+
+class Connection(socket.socket):
+    """A client's socket. A request that waits for its client gives its place to another one."""
+
+    worker: "Worker"
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        try:
+            return super().recv(size, flags | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if flags:  # not from gunicorn
+                raise
+            self.worker.leave_place()
+            return super().recv(size)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        sent = 0
+        with suppress(BlockingIOError):
+            sent = self.send(data, flags | socket.MSG_DONTWAIT)
+        if sent < len(data):
+            self.worker.leave_place()
+            super().sendall(memoryview(data)[sent:], flags)
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """gunicorn's threaded worker, in which slow clients and overload cannot block others.
+
+    THREADS requests have a place at a time, the others wait in a queue. A request that has to wait for its client gives
+    up its place and keeps only its thread; so does a batch or a stream. Requests beyond MAX_CONNECTIONS, and those that
+    have found no place within MAX_WAIT_MS, are answered 503. Connections slower than SLOW_RATE for SLOW_SECONDS are
+    closed. A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
+    """
+
+    settings: Config
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # in the master, before the fork
+        self.snapshot, self.ready, self.born = fraud_api.snapshot, shared_flag(), time.monotonic()
+        self.max_keepalived = self.worker_connections // 2
+        self.queue: deque[tuple[float, TConn]] = deque()  # requests without a place, and since when
+        self.active: dict[TConn, list[float]] = {}  # requests in threads: since when watched, bytes moved by then
+        self.places, self.lock, self.watched = self.cfg.threads, threading.Lock(), time.monotonic()
+
+    def init_process(self) -> None:
+        """A first worker that cannot start ends the service; a later one must not take healthy workers with it."""
+        try:
+            super().init_process()
+        except Exception:
+            if self.booted or self.age <= self.cfg.workers:
+                raise
+            self.log.exception("a worker cannot start")
+            time.sleep(1)
+            sys.exit(1)
+
+    def get_thread_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(2 * self.settings.max_connections)  # started as needed
+
+    def accept(self, listener: Any) -> None:
+        for _ in range(ACCEPTS):
+            before = self.nr_conns
+            super().accept(listener)
+            if self.nr_conns == before:
+                return
+
+    def enqueue_req(self, conn: TConn) -> None:
+        if not isinstance(conn.sock, Connection) and not self.cfg.is_ssl:
+            family, kind, protocol = conn.sock.family, conn.sock.type, conn.sock.proto
+            conn.sock = Connection(family, kind, protocol, conn.sock.detach())
+            conn.sock.worker, conn.data_ready = self, True
+        if len(self.active) + len(self.queue) >= self.settings.max_connections:
+            self.refuse(conn)
+        else:
+            self.queue.append((time.monotonic(), conn))
+            self.fill_places()
+
+    def fill_places(self) -> None:
+        """Give free places to the requests that have waited longest."""
+        while self.queue and self.places > 0:
+            since, conn = self.queue.popleft()
+            if time.monotonic() - since > self.settings.max_wait_ms / 1000:
+                self.refuse(conn)
+            else:
+                self.begin(conn)
+
+    def begin(self, conn: TConn) -> None:
+        with self.lock:
+            self.places -= 1
+        self.active[conn] = [time.monotonic(), 0]
+        super().enqueue_req(conn)
+
+    def leave_place(self, wake: bool = True) -> None:
+        """Let another request have the place of this thread's request, if it still has it."""
+        if current.place:
+            current.place = False
+            with self.lock:
+                self.places += 1
+            if wake:
+                self.method_queue.defer(self.fill_places)
+
+    def refuse(self, conn: TConn) -> None:
+        """Answer 503 and close; but health checks are always answered, or a busy service would be restarted."""
+        begun = b""
+        with suppress(OSError):  # nothing has come yet
+            if conn.sock.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT).startswith(b"GET /health"):
+                self.begin(conn)
+                return
+            begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
+        self.handle_error(None, conn.sock, conn.client, Overloaded())
+        self.nr_conns -= 1
+        if 0 < len(begun) < 2**16:
+            conn.close()
+        else:  # more is to come, and would reset the connection before the answer is read
+            self.tpool.submit(util.close_graceful, conn.sock)
+
+    def handle(self, conn: TConn) -> bool:
+        """In a thread: handle a request, and those that the client has sent behind it without waiting."""
+        current.place = True
+        try:
+            keep = bool(super().handle(conn))
+            while keep and (more := conn.parser.unreader.take_buffered()):
+                conn.parser.unreader.unread(more)
+                keep = bool(super().handle(conn))
+            self.active.pop(conn, None)
+            if not keep:
+                self.leave_place()
+                util.close_graceful(conn.sock)
+            return keep
+        finally:
+            self.leave_place(wake=False)
+
+    def handle_request(self, req: Any, conn: TConn) -> bool:
+        current.request = req
+        if req.path.endswith("/batch"):
+            self.leave_place()
+        return bool(super().handle_request(req, conn))
+
+    def finish_request(self, conn: TConn, done: Future[bool]) -> None:
+        """In the main loop: wait for the next request of a connection, even if the worker is stopping."""
+        if done.result():
+            conn.sock.setblocking(False)
+            conn.set_timeout()
+            self.keepalived_conns.append(conn)
+            self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_client_socket_readable, conn))
+        else:
+            self.nr_conns -= 1
+        self.fill_places()
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
+        """Answer what is not HTTP, and overload, with a problem that does not echo what was sent."""
+        if not isinstance(exc, ParseException):
+            super().handle_error(req, client, addr, exc)
+            return
+        found = fraud_api.problem(503 if isinstance(exc, Overloaded) else 400)
+        record = {"request_id": fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)}
+        asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
+        self.log.answered({telemetry.RECORD: record, **asked}, found.status)
+        body = fraud_api.encode(structs.replace(found, **record))
+        fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
+        fields |= {"X-Request-ID": record["request_id"]} | ({"Retry-After": 1} if found.status == 503 else {})
+        lines = [f"HTTP/1.1 {found.status} {found.title}", *(f"{name}: {value}" for name, value in fields.items())]
+        with suppress(OSError):  # the client may be gone
+            util.write_nonblock(client, "\r\n".join([*lines, "", ""]).encode() + body)
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        super().wait_for_and_dispatch_events(min(timeout, 1))
+        now = time.monotonic()
+        if now - self.watched >= 1:
+            self.watched = now
+            for conn, watch in list(self.active.items()):
+                if now - watch[0] >= self.settings.slow_seconds:
+                    moved = bytes_moved(conn.sock)
+                    if moved - watch[1] < SLOW_RATE * (now - watch[0]):
+                        cut(conn.sock)
+                    watch[:] = now, moved
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        super().set_accept_enabled(enabled)
+        if not (enabled or self.alive):
+            for listener in self.sockets:
+                self.accept(listener)
+                listener.close()
+            self.cfg.set("keepalive", LINGER)
+            for conn in self.keepalived_conns:
+                conn.timeout = min(conn.timeout, time.monotonic() + LINGER)
+
+    def run(self) -> None:
+        super().run()
+        for conn in list(self.active):  # out of time
+            cut(conn.sock)
+        self.tpool.shutdown()
+
+
+def bytes_moved(connection: socket.socket) -> float:
+    """Bytes of a TCP connection that were received and that the client has acknowledged (tcp(7), linux/tcp.h)."""
+    try:
+        return sum(struct.unpack_from("QQ", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 120))
+    except (OSError, struct.error):  # no TCP, or a kernel that does not count
+        return math.inf
+
+
+def cut(connection: socket.socket) -> None:
+    """End a connection under the thread that waits for it."""
+    with suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def shared_flag() -> mmap.mmap:
+    """A byte that is shared with all processes that are forked later."""
+    return mmap.mmap(-1, 1)
+
+
+class Supervisor:
+    """What the master does besides gunicorn's own: it finds new versions, and replaces workers one by one."""
+
+    def __init__(self, server: Arbiter, settings: Config, folder: Path) -> None:
+        self.server, self.settings, self.folder, self.log = server, settings, folder, server.log
+        self.served = fraud_api.snapshot  # what all workers serve, or served before they began to be replaced
+        self.poll_at, self.asked = time.monotonic() + (settings.model_poll_seconds or math.inf), False
+        self.steps, self.manage_workers = self.supervise(), server.manage_workers
+        server.manage_workers, server.handle_hup, server.handle_term = self.step, self.look_now, self.drain
+
+    def step(self) -> None:
+        """gunicorn calls this after every signal, and once a second; an exception would end the service."""
+        try:
+            next(self.steps)
+        except Exception:
+            self.log.exception("the supervisor starts again")
+            self.steps = self.supervise()
+        self.manage_workers()
+
+    def look_now(self) -> None:
+        """SIGHUP"""
+        self.poll_at, self.asked = 0, True
+
+    def drain(self) -> None:
+        """SIGTERM: answer for a while as a service that is not ready, then stop."""
+        fraud_api.stopping[0] = 1
+        time.sleep(self.settings.drain_seconds)
+        raise StopIteration
+
+    def supervise(self) -> Iterator[None]:
+        """Look for new versions and replace the workers; yields while there is something to wait for."""
+        while True:
+            while time.monotonic() < self.poll_at:
+                yield
+            asked, self.asked = self.asked, False
+            self.poll_at = time.monotonic() + (self.settings.model_poll_seconds or math.inf)
+            found = yield from self.fetch()
+            if found and found != self.served:
+                yield from self.roll(found)
+            elif found and asked:
+                self.log.info("nothing new, still serving %s %s", found.name, found.version)
+            self.tidy()
+
+    def fetch(self) -> Generator[None, None, Snapshot | None]:
+        """The version that MODEL_URI names now, proven; None if there is none that can be served."""
+        fetcher = ModelFetcher(self.settings, self.folder, self.settings.model_load_timeout, self.served)
+        try:
+            while not fetcher.ready():
+                yield
+            return fetcher.result()
+        except ModelError as error:
+            fraud_api.metrics.add("failed_reloads")
+            self.log.error("still serving %s, not %s", self.served.version, error)
+            return None
+        finally:
+            fetcher.end()
+
+    def roll(self, found: Snapshot) -> Iterator[None]:
+        """One by one, start a worker that serves the new version, and when it is ready let the oldest worker stop."""
+        announce(self.log, "proven, replacing workers for", found)
+        fraud_api.snapshot, workers = found, self.server.WORKERS
+        while any(worker.snapshot is not (wanted := fraud_api.snapshot) for worker in workers.values()):
+            self.server.num_workers += 1  # gunicorn starts one more, and below it stops the oldest
+            try:
+                while wanted is fraud_api.snapshot and not self.all_ready():
+                    yield
+                    self.kill_hanging()
+            finally:
+                self.server.num_workers -= 1
+            while len(workers) > self.server.num_workers:
+                yield
+        if fraud_api.snapshot is found:
+            self.served = found
+            announce(self.log, "serving", found)
+
+    def all_ready(self) -> bool:
+        workers = self.server.WORKERS
+        return len(workers) >= self.server.num_workers and all(worker.ready[0] for worker in workers.values())
+
+    def kill_hanging(self) -> None:
+        """A worker that does not come up in time ends; `lost` then goes back to the version before."""
+        for worker in self.server.WORKERS.values():
+            if not worker.ready[0] and time.monotonic() - worker.born > self.settings.model_load_timeout:
+                os.kill(worker.pid, signal.SIGKILL)
+
+    def lost(self, worker: Worker) -> None:
+        """A worker has ended. A new version that its first worker does not come up with is given up."""
+        if len(self.server.WORKERS) < self.server.num_workers and not fraud_api.stopping[0]:
+            fraud_api.metrics.add("worker_restarts")
+        if not worker.ready[0] and worker.snapshot is fraud_api.snapshot is not self.served:
+            self.log.error("still serving %s, not %s: no worker for it", self.served.version, worker.snapshot.version)
+            fraud_api.metrics.add("failed_reloads")
+            fraud_api.snapshot = self.served
+
+    def tidy(self) -> None:
+        """Only the version that is served stays in memory."""
+        with suppress(OSError):
+            for folder in self.folder.iterdir():
+                if not Path(self.served.path).is_relative_to(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def announce(log: Any, what: str, snapshot: Snapshot) -> None:
+    log.info("%s %s %s, SHA-256 %s", what, snapshot.name, snapshot.version, snapshot.sha256)
+    if snapshot.unsafe:
+        log.warning("MODEL_ALLOW_UNSAFE: this model may run code of its own: %s", "; ".join(snapshot.unsafe))
