@@ -47,7 +47,9 @@ def readable(name: str) -> str:
 
 
 def short(value: float) -> str:
-    return "too few" if np.isnan(value) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if not np.isfinite(value):
+        return "too few" if np.isnan(value) else "none"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
