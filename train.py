@@ -124,6 +124,7 @@ from versions import (
     register,
     rollback,
     say,
+    still,
     use_experiment,
 )
 
@@ -156,9 +157,8 @@ def pipeline(trees: int, seed: int, parameters: dict[str, Any] = START[0]) -> Pi
 
     Of more than 254 categories the rare ones are one; unknown ones are missing values.
     """
-    category = OrdinalEncoder(
-        handle_unknown="use_encoded_value", unknown_value=np.nan, max_categories=data.MOST_ENCODED
-    )
+    unknown = {"handle_unknown": "use_encoded_value", "unknown_value": np.nan}
+    category = OrdinalEncoder(max_categories=data.MOST_ENCODED, **unknown)
     columns = make_column_transformer((category, [CATEGORY]), remainder="passthrough")
     fixed = {"max_iter": trees, "early_stopping": False, "random_state": seed, "categorical_features": [0]}
     return make_pipeline(columns, HistGradientBoostingClassifier(**fixed | parameters))
@@ -208,9 +208,8 @@ def search(sample: Sample, options: argparse.Namespace) -> tuple[dict[str, Any],
 
 def best_threshold(probabilities: np.ndarray, sample: Sample, options: argparse.Namespace) -> float:
     """The threshold that costs least on these rows, of those that flag no more than --max-alert-rate."""
-    thresholds, costs, alerts = report.cost_curve(
-        probabilities, report.costs_of_missing(sample, options), options.cost_review
-    )
+    missed = report.costs_of_missing(sample, options)
+    thresholds, costs, alerts = report.cost_curve(probabilities, missed, options.cost_review)
     allowed = alerts <= options.max_alert_rate * len(sample)
     allowed[0] = True
     return float(thresholds[np.argmin(np.where(allowed, costs, np.inf))])
@@ -218,10 +217,8 @@ def best_threshold(probabilities: np.ndarray, sample: Sample, options: argparse.
 
 def review_cost(probabilities: np.ndarray, sample: Sample, options: argparse.Namespace) -> float:
     """What an alert costs, or as much more as it takes to flag no more of these rows than --max-alert-rate."""
-    worth, most = (
-        np.sort(probabilities * sample.rows["amount"].to_numpy())[::-1],
-        int(options.max_alert_rate * len(sample)),
-    )
+    worth = np.sort(probabilities * sample.rows["amount"].to_numpy())[::-1]
+    most = int(options.max_alert_rate * len(sample))
     return float(max([options.cost_review, *np.nextafter(worth[most : most + 1], np.inf)]))
 
 
@@ -263,7 +260,8 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
         delayed(ageless.fit)(training.rows.assign(user_age=0), training.labels),
         delayed(baseline.fit)(part.rows, part.labels),
     ]
-    Parallel(-1, require="sharedmem")(jobs)
+    with still("fitting"):
+        Parallel(-1, require="sharedmem")(jobs)
     threshold = data.between(best_threshold(scores, few, options), trees.predict_proba(training.rows)[:, 1])
     by_cost = Rule("review_cost", review_cost(scores, few, options))
     rules = {"threshold": Rule("threshold", threshold), "expected-cost": by_cost}
@@ -295,7 +293,8 @@ def evaluate(
     rate = models[NEW].flagged.mean()
     models |= {name: Scored(name, each, each > np.quantile(each, 1 - rate)) for name, each in scores.items()}
     say(f"measuring on {len(held_out):,} rows held out and {RESAMPLES} resamples of them")
-    rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
+    with still("measuring"):
+        rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
     parts: dict[str, Any] = {"options": options, "sample": sample, "training": training, "held_out": held_out}
     return Evidence(**parts, **found, models=models, rounds=rounds)
 

@@ -1,8 +1,11 @@
 """Versions of the model in the MLflow registry: made, found, compared with, promoted and rolled back."""
 
 import shutil
+import threading
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +32,29 @@ SKOPS_TYPES = [
     "sklearn.utils.validation.check_array",
 ]
 GOLDEN_ROWS = 8
+EVERY = 5  # seconds between signs of life
 
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+@contextmanager
+def still(doing: str) -> Iterator[None]:
+    """Say every few seconds what is being done and for how long."""
+    done, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(EVERY):
+            say(f"still {doing}, {time.monotonic() - started:.0f} s")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def use_experiment(name: str, tracking_uri: str) -> None:

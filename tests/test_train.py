@@ -181,6 +181,17 @@ def test_search_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
         train.search(late, options)
 
 
+def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long says so again and again, and stops when it is done."""
+    told, said = [], threading.Event()
+    monkeypatch.setattr(versions, "EVERY", 0.001)
+    monkeypatch.setattr(versions, "say", lambda text: (told.append(text), said.set()))
+    with versions.still("fitting"):
+        assert said.wait(30)
+    assert told[0].startswith("still fitting, ")
+    assert not any(thread.name.endswith("(tell)") for thread in threading.enumerate())
+
+
 def test_folds_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Item 5: two fits at a time where there are two cores, each in one thread."""
     if joblib.cpu_count() < 2:
