@@ -32,6 +32,7 @@ README = Path(__file__).parent.parent / "README.md"
 HEAD, TAIL = "<!-- make bench-models writes from here -->", "<!-- to here: models -->"
 OURS, LIGHTGBM = "`train.py`", "LightGBM, early stopping, refitted to all"
 MEASURES = {"average precision": average_precision_score, "ROC AUC": roc_auc_score, "Brier score": brier_score_loss}
+DIGITS = (4, 4, 5)
 
 
 def wide(rows: int, seed: int) -> data.Sample:
@@ -128,7 +129,8 @@ def compare(name: str, make: Callable[[int, int], data.Sample], rows: int, seeds
     for model, values in found.items():
         gaps = np.array(values) - np.array(found[LIGHTGBM])
         worst = [gaps[:, 0].min(), gaps[:, 1].min(), gaps[:, 2].max()]
-        cells = [f"{mean:.4f} ({gap:+.4f})" for mean, gap in zip(np.mean(values, axis=0), worst, strict=True)]
+        means = zip(np.mean(values, axis=0), worst, DIGITS, strict=True)
+        cells = [f"{mean:.{digits}f} ({gap:+.{digits}f})" for mean, gap, digits in means]
         lines.append(f"| {name} | {model} | {' | '.join(cells)} |")
     return lines
 
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="data sets of each kind (default %(default)s)")
     options = parser.parse_args()
     lines = [
-        f"Means over {options.seeds} data sets of {options.rows:,} transactions, a fifth of them held out; in brackets "
+        f"Means over {options.seeds} data sets of {options.rows:,} transactions, a fifth of them held out; in brackets",
         "the worst difference to LightGBM on the same rows (of the Brier score less is better).",
         "",
         f"| transactions | model | {' | '.join(MEASURES)} |",
