@@ -78,8 +78,8 @@ def read(path: Path, time_column: str | None = None, ordered: bool = False) -> S
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             table = _table(path)
         columns = {name: _typed(table[name], rule["type"]) for name, rule in RULES.items() if name in table}
-        if LABEL in table and table[LABEL].dtype == bool:
-            columns[LABEL] = table[LABEL].astype(float)
+        if LABEL in table and table[LABEL].dtype.kind == "b":
+            columns[LABEL] = pd.Series(table[LABEL].to_numpy(np.float64, na_value=np.nan))
         times = _moments(table[time_column]) if time_column and time_column in table else None
     except (OSError, EOFError, ValueError, TypeError, NotImplementedError, pd.errors.ParserWarning) as error:
         raise DataError(f"{path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
@@ -91,7 +91,7 @@ def read(path: Path, time_column: str | None = None, ordered: bool = False) -> S
     labels, notes = columns[LABEL].to_numpy(np.int64), tuple(_notes(table, rows, ordered or times is not None))
     if times is None:
         return Sample(rows, labels, notes=notes)
-    dated = table[time_column].dtype.kind not in "iuf"
+    dated = bool(_typed(table[time_column], "number").isna().all())
     return Sample(rows, labels, None, times.to_numpy(), dated, notes).take(np.argsort(times, kind="stable"))
 
 

@@ -150,6 +150,14 @@ def test_time_column(tmp_path: Path, name: str, times: object) -> None:
     np.testing.assert_array_equal(sample.labels, SAMPLE.labels)
 
 
+def test_dates_are_told_from_numbers(tmp_path: Path) -> None:
+    """Only dates have months; numbers, also as text, are but an order."""
+    for times, dated in ((DATED, True), (DATED.strftime("%Y-%m-%d"), True), (np.arange(12_000).astype(str), False)):
+        sample = read(written(tmp_path, TABLE.assign(time=times), "t.parquet"), "time")
+        assert sample.dated is dated
+        assert sample.times[0] == (1767225600 if dated else 0)
+
+
 def test_rows_of_the_same_time_keep_their_order(tmp_path: Path) -> None:
     sample = read(written(tmp_path, TABLE.assign(time=np.arange(12_000) // 5), "t.csv"), "time")
     pd.testing.assert_frame_equal(sample.rows, SAMPLE.rows, check_dtype=False)
@@ -174,8 +182,12 @@ def test_bad_times(tmp_path: Path) -> None:
 
 def test_a_boolean_label(tmp_path: Path) -> None:
     """Item 15: true and false in Parquet are labels; true as an amount is not a number."""
-    path = written(tmp_path, TABLE.assign(is_fraud=TABLE["is_fraud"].astype(bool)), "t.parquet")
-    np.testing.assert_array_equal(read(path).labels, SAMPLE.labels)
+    for kind in ("bool", "boolean"):  # of NumPy and, with missing values, of pandas
+        path = written(tmp_path, TABLE.assign(is_fraud=TABLE["is_fraud"].astype(kind)), "t.parquet")
+        np.testing.assert_array_equal(read(path).labels, SAMPLE.labels)
+    path = written(tmp_path, with_cell("is_fraud", 7, None).astype({"is_fraud": "boolean"}), "t.parquet")
+    with pytest.raises(DataError, match=one("is_fraud", "0 or 1")):
+        read(path)
     path = written(tmp_path, TABLE.assign(amount=TABLE["amount"] > 0), "t.parquet")
     with pytest.raises(
         DataError, match=f"amount: 12,000 of 12,000 rows are wrong, the first is row 1: expected {AMOUNT}"
