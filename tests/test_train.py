@@ -23,11 +23,11 @@ from sklearn.pipeline import make_pipeline
 from webtest import TestApp
 
 import data
+import fraud_api
 import train
 import versions
 from conftest import HERE, TRANSACTION, Process, config, trained
 from data import DataError, Sample, Split
-from fraud_api import create_app
 from model import CATEGORY, NUMBERS, Features, LeafMaskScorer, Model, ModelError, acquire, columns_of, load
 from report import CHAMPION, NEW, Evidence, Rule, Scored, cost_curve
 from train import BASELINE
@@ -599,7 +599,7 @@ def test_a_version_that_decides_by_expected_cost(registry: str, tmp_path: Path) 
     _, held_out, _ = data.split(data.generate(15_000, 0), 0.2)
     flagged = Rule("review_cost", 4.0).flags(train.scores_of(served, held_out), held_out)
     assert run.data.metrics["alert_rate"] == flagged.mean()
-    app = TestApp(create_app(known, served))
+    app = TestApp(fraud_api.create_app(known, served, fraud_api.Process()))
     for place in [*np.flatnonzero(flagged)[:20], *np.flatnonzero(~flagged)[:20]]:
         answer = app.post_json("/predict", {"transaction_id": "t", **held_out.rows.iloc[place].to_dict()}).json
         assert answer["is_fraud"] is bool(flagged[place])
@@ -618,7 +618,8 @@ def test_a_model_of_your_own(registry: str, tmp_path: Path) -> None:
     )
     exec(code, {"model": forest, "rows": SAMPLE.rows})
     known = config(mlflow_tracking_uri=registry, model_uri="models:/my-model@champion")
-    app = TestApp(create_app(known, load(acquire(known, tmp_path, 60), known)))
+    served = load(acquire(known, tmp_path, 60), known)
+    app = TestApp(fraud_api.create_app(known, served, fraud_api.Process()))
     frame = pd.DataFrame([{name: TRANSACTION[name] for name in SAMPLE.rows}])
     answer = app.post_json("/predict", TRANSACTION).json
     assert answer["fraud_probability"] == pytest.approx(forest.predict_proba(frame)[0, 1], abs=1e-9)
