@@ -24,6 +24,7 @@ from webtest import TestApp
 
 import data
 import fraud_api
+import size
 import train
 import versions
 from conftest import HERE, TRANSACTION, Process, config, trained
@@ -624,6 +625,12 @@ def test_a_model_of_your_own(registry: str, tmp_path: Path) -> None:
     answer = app.post_json("/predict", TRANSACTION).json
     assert answer["fraud_probability"] == pytest.approx(forest.predict_proba(frame)[0, 1], abs=1e-9)
     assert app.get("/health").json["scorer"] == "leaf-masks"
+
+
+def test_the_service_needs_none_of_it() -> None:
+    """What serves imports nothing that trains."""
+    for name in size.SERVING:
+        assert not re.findall(r"^\s*(?:import|from) (?:data|report|train|versions)\b", (HERE / name).read_text(), re.M)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
