@@ -5,7 +5,6 @@ import hmac
 import logging
 import re
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from random import getrandbits
 from typing import Any, cast
 
@@ -284,11 +284,34 @@ class Predictor:
 # -- resources ---------------------------------------------------------------------------------------------------------
 
 
+class Turns:
+    """Lets so many threads work at a time, so that the others do not compete with them for the interpreter."""
+
+    def __init__(self, number: int, wait_ms: int) -> None:
+        self.free: SimpleQueue[None] = SimpleQueue()
+        self.seconds = wait_ms / 1000
+        for _ in range(number):
+            self.free.put(None)
+
+    def __enter__(self) -> None:
+        try:
+            self.free.get(timeout=self.seconds)
+        except Empty:
+            raise falcon.HTTPServiceUnavailable(retry_after=1) from None
+
+    def __exit__(self, *_: object) -> None:
+        self.free.put(None)
+
+
 class Predict:
     """`POST /predict`"""
 
     def __init__(self, config: Config, predictor: Predictor) -> None:
-        self.max_bytes, self.predictor = config.max_body_bytes, predictor
+        self.max_bytes, self.predictor, self.turns = (
+            config.max_body_bytes,
+            predictor,
+            Turns(config.threads, config.max_wait_ms),
+        )
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         explain = self.predictor.asked_to_explain(req)
@@ -296,7 +319,8 @@ class Predict:
         if isinstance(transaction, Problem):
             send(req, resp, transaction)
             return
-        [prediction] = self.predictor([transaction], explain)
+        with self.turns:
+            [prediction] = self.predictor([transaction], explain)
         req.env[RECORD] |= self.predictor.decision(transaction, prediction)
         resp.data = encode(prediction)
 
@@ -309,7 +333,7 @@ class PredictBatch:
     """
 
     def __init__(self, config: Config, predictor: Predictor) -> None:
-        self.config, self.predictor, self.turn = config, predictor, threading.Lock()
+        self.config, self.predictor, self.turns = config, predictor, Turns(1, config.max_wait_ms)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         explain = self.predictor.asked_to_explain(req)
@@ -318,12 +342,8 @@ class PredictBatch:
             resp.content_type, resp.stream = NDJSON, self.answer_stream(req.stream, explain, req.env[RECORD])
             return
         body = read_json(req, self.config.max_body_bytes)
-        if not self.turn.acquire(timeout=self.config.max_wait_ms / 1000):
-            raise falcon.HTTPServiceUnavailable(retry_after=1)
-        try:
+        with self.turns:
             self.answer_document(body, explain, req, resp)
-        finally:
-            self.turn.release()
 
     def answer_document(self, body: bytes, explain: bool, req: falcon.Request, resp: falcon.Response) -> None:
         batch = decode(decode_batch, body)
@@ -342,7 +362,7 @@ class PredictBatch:
         """JSON lines in, as they come; for each a line out, a prediction or a problem, in order, in constant memory."""
         try:
             for lines in read_lines(stream, self.config.max_line_bytes):
-                with self.turn:
+                with self.turns:
                     rows = decode_rows(lines, record.get("rows", 0), self.config.max_line_bytes)
                     predictions = iter(self.predictor.predict_rows(rows, explain, record))
                     answers = encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])

@@ -14,7 +14,6 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -46,42 +45,14 @@ PRIVATE = {
     TConn: ("set_timeout close", "client data_ready parser sock timeout"),
     Arbiter: ("manage_workers handle_hup handle_term", "WORKERS num_workers"),
 }
-current = threading.local()  # of this thread: the parsed `request`, and whether it has a `place`
-
-
-class Overloaded(ParseException):  # type: ignore[misc]
-    """Too many requests are in progress, or this one has waited too long."""
-
-
-class Connection(socket.socket):
-    """A client's socket. A request that waits for its client gives its place to another one."""
-
-    worker: "Worker"
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        try:
-            return super().recv(size, flags | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            if flags:  # not from gunicorn
-                raise
-            self.worker.leave_place()
-            return super().recv(size)
-
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        sent = 0
-        with suppress(BlockingIOError):
-            sent = self.send(data, flags | socket.MSG_DONTWAIT)
-        if sent < len(data):
-            self.worker.leave_place()
-            super().sendall(memoryview(data)[sent:], flags)
+current = threading.local()  # .request: what gunicorn has parsed of the request that this thread handles
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker, in which slow clients and overload cannot block others.
 
-    THREADS requests have a place at a time, the others wait in a queue. A request that has to wait for its client gives
-    up its place and keeps only its thread; so does a batch or a stream. Requests beyond MAX_CONNECTIONS, and those that
-    have found no place within MAX_WAIT_MS, are answered 503. Connections slower than SLOW_RATE for SLOW_SECONDS are
+    Every request in progress has a thread, which costs little while it waits for its client; THREADS of them score at a
+    time. Requests beyond MAX_CONNECTIONS are answered 503. Connections slower than SLOW_RATE for SLOW_SECONDS are
     closed. A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
     """
 
@@ -91,9 +62,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
         self.max_keepalived = self.worker_connections // 2
-        self.queue: deque[tuple[float, TConn]] = deque()  # requests without a place, and since when
-        self.active: dict[TConn, list[float]] = {}  # requests in threads: since when watched, bytes moved by then
-        self.places, self.lock, self.watched = self.cfg.threads, threading.Lock(), time.monotonic()
+        self.watched = self.born
+        self.active: dict[TConn, list[float]] = {}  # requests in progress: since when watched, bytes moved by then
 
     def init_process(self) -> None:
         """A first worker that cannot start ends the service; a later one must not take healthy workers with it."""
@@ -117,49 +87,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 return
 
     def enqueue_req(self, conn: TConn) -> None:
-        if not isinstance(conn.sock, Connection) and not self.cfg.is_ssl:
-            family, kind, protocol = conn.sock.family, conn.sock.type, conn.sock.proto
-            conn.sock = Connection(family, kind, protocol, conn.sock.detach())
-            conn.sock.worker, conn.data_ready = self, True
-        if len(self.active) + len(self.queue) >= self.settings.max_connections:
-            self.refuse(conn)
+        if len(self.active) < self.settings.max_connections or is_health_check(conn.sock):
+            self.active[conn], conn.data_ready = [time.monotonic(), 0], True
+            super().enqueue_req(conn)
         else:
-            self.queue.append((time.monotonic(), conn))
-            self.fill_places()
-
-    def fill_places(self) -> None:
-        """Give free places to the requests that have waited longest."""
-        while self.queue and self.places > 0:
-            since, conn = self.queue.popleft()
-            if time.monotonic() - since > self.settings.max_wait_ms / 1000:
-                self.refuse(conn)
-            else:
-                self.begin(conn)
-
-    def begin(self, conn: TConn) -> None:
-        with self.lock:
-            self.places -= 1
-        self.active[conn] = [time.monotonic(), 0]
-        super().enqueue_req(conn)
-
-    def leave_place(self, wake: bool = True) -> None:
-        """Let another request have the place of this thread's request, if it still has it."""
-        if current.place:
-            current.place = False
-            with self.lock:
-                self.places += 1
-            if wake:
-                self.method_queue.defer(self.fill_places)
+            self.refuse(conn)
 
     def refuse(self, conn: TConn) -> None:
-        """Answer 503 and close; but health checks are always answered, or a busy service would be restarted."""
+        """Answer 503 and close."""
         begun = b""
-        with suppress(OSError):  # nothing has come yet
-            if conn.sock.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT).startswith(b"GET /health"):
-                self.begin(conn)
-                return
+        with suppress(OSError):
             begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
-        self.handle_error(None, conn.sock, conn.client, Overloaded())
+        answer_problem(self.log, conn.sock, 503)
         self.nr_conns -= 1
         if 0 < len(begun) < 2**16:
             conn.close()
@@ -168,24 +107,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: TConn) -> bool:
         """In a thread: handle a request, and those that the client has sent behind it without waiting."""
-        current.place = True
-        try:
+        keep = bool(super().handle(conn))
+        while keep and (more := conn.parser.unreader.take_buffered()):
+            conn.parser.unreader.unread(more)
             keep = bool(super().handle(conn))
-            while keep and (more := conn.parser.unreader.take_buffered()):
-                conn.parser.unreader.unread(more)
-                keep = bool(super().handle(conn))
-            self.active.pop(conn, None)
-            if not keep:
-                self.leave_place()
-                util.close_graceful(conn.sock)
-            return keep
-        finally:
-            self.leave_place(wake=False)
+        self.active.pop(conn, None)
+        if not keep:
+            util.close_graceful(conn.sock)
+        return keep
 
     def handle_request(self, req: Any, conn: TConn) -> bool:
         current.request = req
-        if req.path.endswith("/batch"):
-            self.leave_place()
         return bool(super().handle_request(req, conn))
 
     def finish_request(self, conn: TConn, done: Future[bool]) -> None:
@@ -197,35 +129,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_client_socket_readable, conn))
         else:
             self.nr_conns -= 1
-        self.fill_places()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
-        """Answer what is not HTTP, and overload, with a problem that does not echo what was sent."""
-        if not isinstance(exc, ParseException):
+        if isinstance(exc, ParseException):
+            answer_problem(self.log, client, 400, req)
+        else:
             super().handle_error(req, client, addr, exc)
-            return
-        found = fraud_api.problem(503 if isinstance(exc, Overloaded) else 400)
-        record = {"request_id": fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)}
-        asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
-        self.log.answered({telemetry.RECORD: record, **asked}, found.status)
-        body = fraud_api.encode(structs.replace(found, **record))
-        fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
-        fields |= {"X-Request-ID": record["request_id"]} | ({"Retry-After": 1} if found.status == 503 else {})
-        lines = [f"HTTP/1.1 {found.status} {found.title}", *(f"{name}: {value}" for name, value in fields.items())]
-        with suppress(OSError):  # the client may be gone
-            util.write_nonblock(client, "\r\n".join([*lines, "", ""]).encode() + body)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         super().wait_for_and_dispatch_events(min(timeout, 1))
-        now = time.monotonic()
-        if now - self.watched >= 1:
-            self.watched = now
-            for conn, watch in list(self.active.items()):
-                if now - watch[0] >= self.settings.slow_seconds:
-                    moved = bytes_moved(conn.sock)
-                    if moved - watch[1] < SLOW_RATE * (now - watch[0]):
-                        cut(conn.sock)
-                    watch[:] = now, moved
+        if time.monotonic() - self.watched >= 1:
+            self.watched = time.monotonic()
+            close_slow(self.active, self.settings.slow_seconds)
 
     def set_accept_enabled(self, enabled: bool) -> None:
         super().set_accept_enabled(enabled)
@@ -242,6 +157,38 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         for conn in list(self.active):  # out of time
             cut(conn.sock)
         self.tpool.shutdown()
+
+
+def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: Any = None) -> None:
+    """Answer overload, or what is not HTTP, with a problem that does not echo what was sent."""
+    request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
+    asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
+    log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, status)
+    found = structs.replace(fraud_api.problem(status), request_id=request_id)
+    body = fraud_api.encode(found)
+    fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
+    fields |= {"X-Request-ID": request_id} | ({"Retry-After": 1} if status == 503 else {})
+    lines = [f"HTTP/1.1 {status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    with suppress(OSError):  # the client may be gone
+        util.write_nonblock(client, "\r\n".join(lines).encode() + body)
+
+
+def is_health_check(connection: socket.socket) -> bool:
+    """Whether to answer in spite of overload; or else a busy service would be restarted."""
+    with suppress(OSError):  # nothing has come yet
+        return connection.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT).startswith(b"GET /health")
+    return False
+
+
+def close_slow(active: dict[TConn, list[float]], seconds: float) -> None:
+    """Close the connections that have moved less than `SLOW_RATE` for so long."""
+    now = time.monotonic()
+    for conn, watch in list(active.items()):
+        if now - watch[0] >= seconds:
+            moved = bytes_moved(conn.sock)
+            if moved - watch[1] < SLOW_RATE * (now - watch[0]):
+                cut(conn.sock)
+            watch[:] = now, moved
 
 
 def bytes_moved(connection: socket.socket) -> float:
@@ -355,7 +302,11 @@ class Supervisor:
         if len(self.server.WORKERS) < self.server.num_workers and not process.stopping[0]:
             process.metrics.add("worker_restarts")
         if not worker.ready[0] and worker.snapshot is process.snapshot is not self.served:
-            self.log.error("still serving %s, not %s: no worker for it", self.served.version, worker.snapshot.version)
+            self.log.error(
+                "still serving %s, not %s: no worker for it",
+                self.served.version,
+                cast(Snapshot, worker.snapshot).version,
+            )
             process.metrics.add("failed_reloads")
             process.snapshot = self.served
 

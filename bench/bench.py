@@ -1,7 +1,7 @@
-"""Side by side in one run: this service, FastAPI + PyFunc, `mlflow models serve`, and a bare gunicorn as the floor.
+"""Compares this service with FastAPI + PyFunc, `mlflow models serve` and a bare gunicorn, all in one run.
 
-`make bench` runs it: the same registered model, the servers on one core, the load from another where there is one,
-rounds interleaved, medians. It writes the table into README.md and the chart to bench/results.png.
+`make bench` runs it. All servers have the same registered model and share one core; the load comes from another core
+where there is one. Rounds are interleaved, and figures are medians. Results go into README.md and bench/results.png.
 """
 
 from config import prepare
@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -30,11 +30,12 @@ import matplotlib as mpl
 import mlflow
 import msgspec
 import numpy as np
+import treelite
 
 import data
 import train
 from config import Config
-from model import Features, TreeScore, acquire
+from model import FIELDS, LeafMaskScorer, acquire
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,10 +45,14 @@ BIN = Path(sys.executable).parent
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 THIS, FASTAPI, MLFLOW, FLOOR = "fraud-api", "FastAPI + PyFunc", "mlflow models serve", "bare gunicorn"
-QUIET, EXPLAINED = "fraud-api without request log", "fraud-api with explanation"
+QUIET, EXPLAINED = "fraud-api without request log", "fraud-api with explain=true"
+RECORDED = "fraud-api with LOG_DECISIONS=true"
+LIBRARIES = TREELITE, ONNX, SKLEARN = "treelite", "onnxruntime", "scikit-learn"
+PEERS = FASTAPI, MLFLOW, FLOOR
 PATHS = {MLFLOW: "/invocations", EXPLAINED: "/predict?explain=true"}
 TREES = (30, 150, 500)
 BATCH, LINES = 1000, 200_000
+CALLS = {1: 500, 100: 100, 10_000: 1}  # rows in a call: calls in a round
 Server = AbstractContextManager[subprocess.Popen[bytes]]
 
 
@@ -60,7 +65,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def server(*command: str, port: int, ready: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server on its core, up and answering."""
+    """A server on its core, when it answers."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             ["taskset", "-c", str(SERVER_CORE), *command],
@@ -101,7 +106,7 @@ def service(port: int, trees: int, **environ: str) -> Server:
 
 
 def peers(stack: ExitStack, port: int) -> dict[str, int]:
-    """Start them all; the idle ones cost nothing while another is measured. name: port"""
+    """Start all servers; idle ones take no CPU while another is measured. name: port"""
     uri = "models:/bench-150@champion"
     stack.enter_context(service(port, 150))
     uvicorn = [str(BIN / "uvicorn"), "peer_fastapi:app", "--port", str(port + 1), "--no-access-log"]
@@ -111,8 +116,10 @@ def peers(stack: ExitStack, port: int) -> dict[str, int]:
     hello = [str(BIN / "gunicorn"), "-c", "/dev/null", "-b", f"127.0.0.1:{port + 3}", "-k", "gthread", "--threads", "4"]
     hello += ["--no-control-socket", "--worker-tmp-dir", "/dev/shm", "peer_hello:app"]
     stack.enter_context(server(*hello, port=port + 3, ready="/", WEB_CONCURRENCY="1"))
+    stack.enter_context(service(port + 7, 150, LOG_DECISIONS="true"))
     stack.enter_context(service(port + 8, 150, LOG_LEVEL="warning"))
-    return {THIS: port, QUIET: port + 8, EXPLAINED: port, FASTAPI: port + 1, MLFLOW: port + 2, FLOOR: port + 3}
+    ports = {THIS: port, QUIET: port + 8, EXPLAINED: port, RECORDED: port + 7}
+    return ports | {FASTAPI: port + 1, MLFLOW: port + 2, FLOOR: port + 3}
 
 
 # -- the load ----------------------------------------------------------------------------------------------------------
@@ -147,52 +154,87 @@ def stream(port: int, lines: Path) -> float:
     return LINES / float(done.stdout)
 
 
-def in_process(array: np.ndarray, estimator: object) -> float:
-    """Rows per second of scikit-learn alone, on a ready float array, on the server's core."""
+# -- scorers in this process -------------------------------------------------------------------------------------------
+
+
+def scorers(pipeline: object, rows: object) -> dict[str, Callable[[int], object]]:
+    """Functions that score the first n rows, on one thread. This scorer takes values; the others an encoded array."""
+    masks, columns = LeafMaskScorer(pipeline), [rows[name].tolist() for name in FIELDS]
+    array = np.asarray(pipeline[:-1].transform(rows), np.float64)
+    forest, session = treelite.sklearn.import_model(pipeline[-1]), onnx_session(pipeline[-1])
+    float32 = array.astype(np.float32)
+    return {
+        THIS: lambda n: masks([values[:n] for values in columns]),
+        TREELITE: lambda n: treelite.gtil.predict(forest, array[:n], nthread=1),
+        ONNX: lambda n: session.run(None, {"X": float32[:n]}),
+        SKLEARN: lambda n: pipeline[-1].predict_proba(array[:n]),
+    }
+
+
+def onnx_session(estimator: object) -> object:
+    """The model in onnxruntime. skl2onnx 1.20 gives booleans where protobuf 7 takes only integers: convert them."""
+    import onnx  # noqa: PLC0415
+    from onnxruntime import InferenceSession, SessionOptions  # noqa: PLC0415
+    from skl2onnx import to_onnx  # noqa: PLC0415
+
+    make = onnx.helper.make_attribute
+    onnx.helper.make_attribute = lambda key, value, *more, **others: make(
+        key, [*map(int, value)] if key == "nodes_missing_value_tracks_true" else value, *more, **others
+    )
+    options = SessionOptions()
+    options.intra_op_num_threads = 1
+    document = to_onnx(estimator, np.zeros((1, len(FIELDS)), np.float32), options={"zipmap": False})
+    return InferenceSession(document.SerializeToString(), options)
+
+
+def seconds_per_call(score: Callable[[int], object], rows: int, calls: int) -> float:
+    """On the core of the servers."""
     os.sched_setaffinity(0, {SERVER_CORE})
     started = time.perf_counter()
-    estimator.predict_proba(array)
+    for _ in range(calls):
+        score(rows)
     seconds = time.perf_counter() - started
     os.sched_setaffinity(0, CORES)
-    return len(array) / seconds
+    return seconds / calls
 
 
 # -- the measurements --------------------------------------------------------------------------------------------------
 
 
 def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[str, ...], float]:
-    """Every figure of the run, medians over the rounds."""
+    """All figures of the run, medians over the rounds."""
     found: dict[tuple[str, ...], list[float]] = defaultdict(list)
     bodies = write_bodies(folder)
-    estimator = mlflow.sklearn.load_model("models:/bench-150@champion")
-    rows = [Features(**row) for row in data.generate(LINES, 7).rows.to_dict("records")]
-    array = TreeScore(estimator).array(rows)
+    alone = scorers(mlflow.sklearn.load_model("models:/bench-150@champion"), data.generate(LINES, 7).rows)
     with ExitStack() as stack:
         say("starting the servers")
         ports = peers(stack, port)
         sizes = {trees: port + 3 + n for n, trees in enumerate(TREES, start=1)}
         for trees, own in sizes.items():
             stack.enter_context(service(own, trees))
-        for number in range(rounds):
+        for number in range(1, rounds + 1):
+            say(f"round {number}/{rounds}: single transactions")
             for connections in (1, 16):
                 for name, own in ports.items():
-                    path, body = PATHS.get(name, "/predict"), "mlflow" if name == MLFLOW else "one"
-                    result = wrk(f"http://127.0.0.1:{own}{path}", bodies[body], connections, seconds)
-                    for figure, value in result.items():
-                        found[name, str(connections), figure].append(value)
-                    say(f"round {number + 1}/{rounds}: {name}, {connections} connections: {result['rate']:.0f}/s")
-            for name, own in ports.items():
-                if name in (THIS, FASTAPI, MLFLOW):
-                    path, body = ("/invocations", "mlflow batch") if name == MLFLOW else ("/predict/batch", "batch")
-                    rate = wrk(f"http://127.0.0.1:{own}{path}", bodies[body], 2, seconds)["rate"] * BATCH
-                    found[name, "batch"].append(rate)
-                    say(f"round {number + 1}/{rounds}: {name}, batches of {BATCH}: {rate:.0f} rows/s")
+                    if name != RECORDED:
+                        path, body = PATHS.get(name, "/predict"), bodies["mlflow" if name == MLFLOW else "one"]
+                        result = wrk(f"http://127.0.0.1:{own}{path}", body, connections, seconds)
+                        for figure, value in result.items():
+                            found[name, str(connections), figure].append(value)
+            say(f"round {number}/{rounds}: batches of {BATCH}")
+            for name in (THIS, RECORDED, FASTAPI, MLFLOW):
+                path, body = ("/invocations", "mlflow batch") if name == MLFLOW else ("/predict/batch", "batch")
+                rate = wrk(f"http://127.0.0.1:{ports[name]}{path}", bodies[body], 2, seconds)["rate"] * BATCH
+                found[name, "batch"].append(rate)
+            say(f"round {number}/{rounds}: stream of {LINES} lines, models of {TREES} trees, scorers")
             found[THIS, "stream"].append(stream(ports[THIS], bodies["lines"]))
-            found["scikit-learn", "stream"].append(in_process(array, estimator[-1]))
-            say(f"round {number + 1}/{rounds}: stream of {LINES} lines: {found[THIS, 'stream'][-1]:.0f} rows/s")
+            found[SKLEARN, "stream"].append(LINES / seconds_per_call(alone[SKLEARN], LINES, 1))
             for trees, own in sizes.items():
                 for figure, value in wrk(f"http://127.0.0.1:{own}/predict", bodies["one"], 1, seconds).items():
                     found[THIS, f"{trees} trees", figure].append(value)
+            for rows, calls in CALLS.items():
+                for name, score in alone.items():
+                    found[name, f"{rows} rows"].append(1e6 * seconds_per_call(score, rows, calls))
     return {key: statistics.median(values) for key, values in found.items()}
 
 
@@ -241,57 +283,59 @@ def worker_figures(started_server: Server, port: int) -> tuple[float, float]:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
+UNITS = {"rate": "requests/s", "p50": "p50 ms", "p99": "p99 ms"}
+MANY, FIRST = ("16", "rate"), ("1", "p50")
+RATIOS = [
+    ("single transactions, 16 connections, against bare gunicorn", "{:.0%}", (THIS, *MANY), (FLOOR, *MANY)),
+    ("against FastAPI + PyFunc", "{:.0f}×", (THIS, *MANY), (FASTAPI, *MANY)),
+    ("with request log against without", "{:.0%}", (THIS, *MANY), (QUIET, *MANY)),
+    ("with `explain=true` against without", "{:.0%}", (EXPLAINED, *MANY), (THIS, *MANY)),
+    ("p50 of FastAPI + PyFunc against this, 1 connection", "{:.0f}×", (FASTAPI, *FIRST), (THIS, *FIRST)),
+    ("500 trees against 30, 1 connection", "{:.0%}", (THIS, "500 trees", "rate"), (THIS, "30 trees", "rate")),
+    ("JSON batches against FastAPI + PyFunc", "{:.1f}×", (THIS, "batch"), (FASTAPI, "batch")),
+    ("JSON batches with `LOG_DECISIONS=true` against without", "{:.0%}", (RECORDED, "batch"), (THIS, "batch")),
+    ("stream against `predict_proba` on a ready array, no server", "{:.0%}", (THIS, "stream"), (SKLEARN, "stream")),
+]
+
+
 def table(found: dict[tuple[str, ...], float], memory: dict[str, tuple[float, float]], how: str) -> str:
     """The figures as Markdown."""
-    lines = [
-        how,
-        "",
-        "| one transaction a request | 1 connection: requests/s | p50 ms | p99 ms "
-        "| 16 connections: requests/s | p50 ms | p99 ms | fraud-api |",
-    ]
-    lines.append("| --- | --: | --: | --: | --: | --: | --: | --- |")
-    for name in (THIS, QUIET, EXPLAINED, FASTAPI, MLFLOW, FLOOR):
-        cells = [
-            f"{found[name, connections, figure]:,.0f}"
-            if figure == "rate"
-            else f"{found[name, connections, figure]:.2f}"
-            for connections in ("1", "16")
-            for figure in ("rate", "p50", "p99")
-        ]
-        rate = found[THIS, "16", "rate"] / found[name, "16", "rate"]
-        p50 = found[name, "1", "p50"] / found[THIS, "1", "p50"]
-        verdict = "" if name == THIS else f"{rate:.0%} of it" if name == FLOOR else f"{rate:.0f}×, p50 {p50:.0f}× lower"
-        if name == QUIET:
-            verdict = f"{rate:.0%} of it: the cost of a line"
-        if name == EXPLAINED:
-            plain = [found[name, each, "rate"] / found[FASTAPI, each, "rate"] for each in ("1", "16")]
-            verdict = f"{plain[0]:.1f}× and {plain[1]:.1f}× FastAPI + PyFunc without"
-        lines.append(f"| {name} | {' | '.join(cells)} | {verdict} |")
-    lines += ["", "| many transactions | rows/s | fraud-api |", "| --- | --: | --- |"]
-    for name in (THIS, FASTAPI, MLFLOW):
-        ratio = "" if name == THIS else f"{found[THIS, 'batch'] / found[name, 'batch']:.1f}×"
-        lines.append(f"| JSON batches of {BATCH:,}, 2 connections, {name} | {found[name, 'batch']:,.0f} | {ratio} |")
-    lines.append(f"| stream of {LINES:,} JSON lines, {THIS} | {found[THIS, 'stream']:,.0f} | |")
-    ratio = found[THIS, "stream"] / found["scikit-learn", "stream"]
-    lines.append(
-        f"| `predict_proba` on a ready array, no server | {found['scikit-learn', 'stream']:,.0f} | {ratio:.0%} of it |"
+
+    def cells(*keys: tuple[str, ...]) -> list[str]:
+        return [f"{found[key]:,.{2 if key[-1] in ('p50', 'p99') else 0}f}" for key in keys]
+
+    single = [(connections, figure) for connections in ("1", "16") for figure in UNITS]
+    scorers = (THIS, *LIBRARIES)
+    workers = zip(
+        ("private memory, MB", "s from a kill to the next worker's first answer"), *memory.values(), strict=True
     )
-    lines += ["", "| trees in the model | " + " | ".join(map(str, TREES)) + " |", "| --- |" + " --: |" * len(TREES)]
-    for figure, unit in (("rate", "requests/s"), ("p50", "p50 ms"), ("p99", "p99 ms")):
-        digits = 0 if figure == "rate" else 2
-        cells = [f"{found[THIS, f'{trees} trees', figure]:,.{digits}f}" for trees in TREES]
-        lines.append(f"| {unit}, 1 connection | {' | '.join(cells)} |")
-    (shared, again), (alone, slowly) = memory["shared"], memory["unshared"]
-    lines += ["", "| a worker | imports shared by the fork | without | ratio |", "| --- | --: | --: | --: |"]
-    lines.append(f"| private memory, MB | {shared:.0f} | {alone:.0f} | {shared / alone:.0%} |")
-    lines.append(
-        f"| from a kill to the next worker's first answer, s | {again:.2f} | {slowly:.2f} | {again / slowly:.0%} |"
-    )
+    many = {f"JSON batches of {BATCH:,}, {name}": (name, "batch") for name in (THIS, RECORDED, FASTAPI, MLFLOW)}
+    many[f"stream of {LINES:,} JSON lines, {THIS}"] = (THIS, "stream")
+    many["`predict_proba` on a ready array, no server"] = (SKLEARN, "stream")
+    tables = {
+        (THIS, "ratio"): [[name, form.format(found[over] / found[under])] for name, form, over, under in RATIOS],
+        ("one transaction per request", *(f"{UNITS[figure]}, {number} conn." for number, figure in single)): [
+            [name, *cells(*((name, *key) for key in single))] for name in (THIS, QUIET, EXPLAINED, *PEERS)
+        ],
+        ("many transactions, 2 connections", "rows/s"): [[name, *cells(key)] for name, key in many.items()],
+        ("trees in the model, 1 connection", *map(str, TREES)): [
+            [unit, *cells(*((THIS, f"{trees} trees", figure) for trees in TREES))] for figure, unit in UNITS.items()
+        ],
+        ("µs per call without a server", *scorers): [
+            [f"{rows:,} rows", *cells(*((name, f"{rows} rows") for name in scorers))] for rows in CALLS
+        ],
+        ("a worker", "imports shared by the fork", "without", "ratio"): [
+            [name, f"{shared:.3g}", f"{alone:.3g}", f"{shared / alone:.0%}"] for name, shared, alone in workers
+        ],
+    }
+    lines = [how]
+    for head, rows in tables.items():
+        lines += ["", *("| " + " | ".join(row) + " |" for row in [head, ["---"] + ["--:"] * (len(head) - 1), *rows])]
     return "\n".join(lines)
 
 
 def chart(found: dict[tuple[str, ...], float], file: Path) -> None:
-    """Requests per second at 16 connections, median latency at 1, rows per second, on scales from 0."""
+    """Requests/s at 16 connections, median latency at 1 connection, rows/s."""
     names = [THIS, FASTAPI, MLFLOW, FLOOR]
     panels = [
         ("requests/s, 16 connections", {name: found[name, "16", "rate"] for name in names}),
@@ -324,7 +368,7 @@ def machine() -> str:
 
 
 def register(trees: int) -> None:
-    """A model of so many trees as champion of a name of its own."""
+    """Train and register a model with this number of trees."""
     sample, name = data.generate(100_000, 0), f"bench-{trees}"
     pipeline = train.pipeline(trees, 0).fit(sample.rows, sample.labels)
     with mlflow.start_run():
@@ -357,7 +401,9 @@ def main() -> None:
     load = "the other" if LOAD_CORE != SERVER_CORE else "the same"
     how = (
         f"Medians of {options.rounds} interleaved rounds of {options.seconds} s on {machine()}; every server has one "
-        f"process on one core, wrk runs on {load}. The model has 150 trees unless said otherwise."
+        f"process on one core, wrk runs on {load}. The model has 150 trees unless said otherwise. Without a server, "
+        "fraud-api's scorer takes the values of transactions, the others take an encoded array; all use one thread. "
+        "onnxruntime computes in float32."
     )
     text = table(found, memory, how)
     write_readme(text)

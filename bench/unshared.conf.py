@@ -1,4 +1,4 @@
-"""The service's gunicorn settings without sharing: a worker imports everything itself, as without any care."""
+"""The service without shared memory: each worker imports the libraries itself."""
 
 import os
 from pathlib import Path
@@ -17,4 +17,4 @@ def post_fork(server, worker):
     import fraud_api  # noqa: PLC0415
     from model import Snapshot  # noqa: PLC0415
 
-    fraud_api.snapshot = msgspec.json.decode(Path(os.environ["SNAPSHOT"]).read_bytes(), type=Snapshot)
+    fraud_api.process.snapshot = msgspec.json.decode(Path(os.environ["SNAPSHOT"]).read_bytes(), type=Snapshot)

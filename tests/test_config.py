@@ -6,21 +6,18 @@ from urllib.parse import quote_plus
 
 import pytest
 
-from config import Config, ConfigError
+from config import Config, ConfigError, export
 from conftest import HERE, config
 
 
 def test_defaults() -> None:
     """Only the registry has to be named."""
     assert repr(config()) == (
-        "MLFLOW_TRACKING_URI='http://127.0.0.1:9' MLFLOW_TRACKING_USERNAME=None MLFLOW_TRACKING_PASSWORD=None "
-        "MLFLOW_TRACKING_TOKEN=None MLFLOW_S3_ENDPOINT_URL=None AWS_ACCESS_KEY_ID=None AWS_SECRET_ACCESS_KEY=None "
-        "AWS_SESSION_TOKEN=None AWS_DEFAULT_REGION=None MODEL_URI='models:/fraud-detector@champion' "
-        "MODEL_LOAD_TIMEOUT=30 MODEL_POLL_SECONDS=0 MODEL_SHA256=None MODEL_ALLOW_UNSAFE=False FRAUD_THRESHOLD=None "
-        "MAX_BATCH_SIZE=10000 MAX_BODY_BYTES=4194304 MAX_LINE_BYTES=65536 "
-        "API_KEYS=None ALLOW_ANONYMOUS=False HOST='127.0.0.1' PORT=8000 WEB_CONCURRENCY=2 THREADS=4 "
-        "MAX_CONNECTIONS=1000 SLOW_SECONDS=10 MAX_WAIT_MS=1000 DRAIN_SECONDS=1 GRACEFUL_TIMEOUT=30 "
-        "LOG_LEVEL='info' MEMORY_DIR='/dev/shm'"
+        "MLFLOW_TRACKING_URI='http://127.0.0.1:9' MODEL_URI='models:/fraud-detector@champion' MODEL_LOAD_TIMEOUT=30 "
+        "MODEL_POLL_SECONDS=0 MODEL_MEMORY_MB=1024 MODEL_SHA256=None MODEL_ALLOW_UNSAFE=False FRAUD_THRESHOLD=None "
+        "MAX_BATCH_SIZE=10000 MAX_BODY_BYTES=4194304 MAX_LINE_BYTES=65536 API_KEYS=[] ALLOW_ANONYMOUS=False "
+        "HOST='127.0.0.1' PORT=8000 WEB_CONCURRENCY=2 THREADS=4 MAX_CONNECTIONS=1000 SLOW_SECONDS=10 MAX_WAIT_MS=1000 "
+        "DRAIN_SECONDS=1 GRACEFUL_TIMEOUT=30 LOG_LEVEL='info' MEMORY_DIR='/dev/shm'"
     )
 
 
@@ -53,7 +50,6 @@ def test_every_problem_is_named_at_once() -> None:
         ("model_uri", "models:/fraud-detector/latest"),
         ("model_uri", "models:/fraud-detector"),
         ("mlflow_tracking_uri", "file:///tmp"),
-        ("mlflow_s3_endpoint_url", "minio:9000"),
         ("host", "localhost"),
         ("host", "0.0.0.0"),
         ("host", "::"),
@@ -63,6 +59,10 @@ def test_every_problem_is_named_at_once() -> None:
         ("api_keys", "schl\u00fcssel"),
         ("api_keys", "two words"),
         ("api_keys", "one,,three"),
+        ("api_keys", "one:two:three"),
+        ("api_keys", "payments:"),
+        ("api_keys", "p_yments:one"),
+        ("model_memory_mb", "63"),
         ("memory_dir", "shm"),
         ("memory_dir", "/nowhere"),
     ],
@@ -74,39 +74,42 @@ def test_bad_values(variable: str, value: str) -> None:
 
 
 def test_values_are_typed_and_empty_is_not_set() -> None:
-    read = config(fraud_threshold="0.35", port=" 9000 ", host="::1", mlflow_tracking_token="", threads="")
-    assert (read.fraud_threshold, read.port, read.host, read.mlflow_tracking_token, read.threads) == (
+    read = config(fraud_threshold="0.35", port=" 9000 ", host="::1", model_sha256="", threads="", log_level="INFO")
+    assert (read.fraud_threshold, read.port, read.host, read.model_sha256, read.threads, read.log_level) == (
         *(0.35, 9000, "::1"),
-        *(None, 4),
+        *(None, 4, "info"),
     )
 
 
 def test_secrets_are_masked() -> None:
-    """Neither `repr` nor the log nor a library's message shows a secret."""
+    """Neither `repr` nor the log shows a key, credentials in an address, or what MLflow and boto3 take as a secret."""
     secrets = {
         "mlflow_tracking_username": "s3cret-user",
         "mlflow_tracking_password": "s3cret-password",
         "mlflow_tracking_token": "s3cret-token",
+        "mlflow_of_a_later_version_secret": "s3cret-mlflow",
         "aws_access_key_id": "s3cret-id",
         "aws_secret_access_key": "s3cret-key",
         "aws_session_token": "s3cret-session",
-        "api_keys": "s3cret-first,s3cret-second",
+        "api_keys": "payments:s3cret-first,s3cret-second",
     }
-    read = config(mlflow_tracking_uri="https://user:s3cret/uri@mlflow.example/", **secrets)
+    open_ones = {"aws_default_region": "eu-central-1", "mlflow_s3_endpoint_url": "http://minio:9000", "my_token": "x"}
+    read = config(mlflow_tracking_uri="https://user:s3cret/uri@mlflow.example/", **secrets, **open_ones)
     assert "s3cret" not in repr(read)
     assert "MLFLOW_TRACKING_URI='https://mlflow.example/'" in repr(read)
+    assert "API_KEYS=['payments:***', '-:***']" in repr(read)
     assert read.mask(f"tried {read.mlflow_tracking_uri} with {' '.join(secrets.values())}") == (
-        "tried https://mlflow.example/ with *** *** *** *** *** *** ***,***"
+        "tried https://mlflow.example/ with *** *** *** *** *** *** *** payments:***,***"
     )
+    assert read.mask(" ".join(open_ones.values())) == "eu-central-1 http://minio:9000 x"
 
 
 @pytest.mark.parametrize("secret", ["pa\\ss'wo\"rd", "e", "tab\t", "https://x"])
 def test_odd_secrets_are_masked(secret: str) -> None:
     """Whatever is in it, and whatever else it is part of; encoded for a URL as well."""
-    read = config(mlflow_tracking_password=secret, mlflow_tracking_token=f"{secret}-and-more/")
-    assert repr(read).startswith("MLFLOW_TRACKING_URI='http://127.0.0.1:9' MLFLOW_TRACKING_USERNAME=None ")
-    assert "MLFLOW_TRACKING_PASSWORD='***' MLFLOW_TRACKING_TOKEN='***'" in repr(read)
-    assert read.mask(f"[{read.mlflow_tracking_token}] [{quote_plus(read.mlflow_tracking_token)}]") == "[***] [***]"
+    longer = f"{secret}-and-more/"
+    read = config(mlflow_tracking_password=secret, mlflow_tracking_token=longer)
+    assert read.mask(f"[{secret}] [{longer}] [{quote_plus(longer)}]") == "[***] [***] [***]"
 
 
 def test_errors_show_no_credentials() -> None:
@@ -122,13 +125,14 @@ def test_a_bad_secret_is_not_shown() -> None:
     with pytest.raises(ConfigError) as raised:
         config(api_keys="s3cret key")
     assert str(raised.value) == (
-        "bad configuration: API_KEYS is ***, expected keys of letters, digits and -._~+/=, separated by commas"
+        "bad configuration: API_KEYS is ***, expected keys of letters, digits and -._~+/=, "
+        "each with an optional name and a colon before it, separated by commas"
     )
 
 
 def test_who_may_ask() -> None:
     """This machine alone, unless there are keys or the operator says so."""
-    assert config(api_keys="one, two/2==").api_keys == ("one", "two/2==")
+    assert config(api_keys="one, back-office2:two/2==").api_keys == (("-", "one"), ("back-office2", "two/2=="))
     assert config(host="0.0.0.0", api_keys="one").host == config(host="0.0.0.0", allow_anonymous="True").host
     assert config(host="127.3.2.1").host == "127.3.2.1"
     with pytest.raises(ConfigError) as raised:
@@ -142,32 +146,45 @@ def test_who_may_ask() -> None:
 
 
 def test_export() -> None:
-    """The libraries find what Config has, no telemetry, and no empty variable."""
-    environ = {"AWS_DEFAULT_REGION": "", "OMP_NUM_THREADS": "3", "UNRELATED": "x"}
-    config(mlflow_tracking_token="t").export(environ)
+    """Defaults for the libraries, which the operator's values override; no telemetry; no empty variable."""
+    environ = {
+        "AWS_DEFAULT_REGION": "",
+        "OMP_NUM_THREADS": "3",
+        "DO_NOT_TRACK": "false",
+        "MLFLOW_TRACKING_TOKEN": "t",
+        "UNRELATED": "",
+    }
+    export(environ)
     assert environ == {
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "DO_NOT_TRACK": "true",
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_TRACKING_TOKEN": "t",
-        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
         "OMP_NUM_THREADS": "3",
         "OPENBLAS_NUM_THREADS": "1",
-        "UNRELATED": "x",
+        "UNRELATED": "",
     }
+
+
+LIBRARIES = {
+    *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_S3_ENDPOINT_URL"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"),
+}
 
 
 def test_env_example_is_in_step() -> None:
     """`.env.example` and the README have every variable, the example with its default."""
     listed = re.findall(r"^(?:# )?([A-Z][A-Z0-9_]+)=(.*)$", (HERE / ".env.example").read_text(), re.M)
-    defaults = {item.name.upper(): item.metadata["default"] for item in fields(Config)}
-    assert dict(listed) == defaults | {"MLFLOW_TRACKING_URI": "sqlite:///.mlflow/mlflow.db"}
+    defaults = {item.name.upper(): item.metadata["default"] for item in fields(Config) if item.metadata}
+    assert dict(listed) == dict.fromkeys(LIBRARIES, "") | defaults | {
+        "MLFLOW_TRACKING_URI": "sqlite:///.mlflow/mlflow.db"
+    }
     table = (HERE / "README.md").read_text().partition("| variable |")[2]
-    assert {name for name in defaults if f"`{name}`" not in table} == set()
+    assert {name for name in LIBRARIES | {*defaults} if f"`{name}`" not in table} == set()
 
 
 def test_the_environment_is_read_in_one_place() -> None:

@@ -371,7 +371,7 @@ def test_ten_times_the_capacity(champion: str, slow_model: str, chaos: Chaos) ->
     assert {status for status, _ in offered.probes} <= {"200", "not connected"}
     assert "200" in {status for status, _ in offered.probes}
     assert offered.recovered < 60
-    assert sizes[-1] - sizes[len(sizes) // 3] < 20 * 1024
+    assert sizes[-1] - sizes[len(sizes) // 3] < 60 * 1024  # of which most is stacks of threads
     if chaos.long:
         assert p99 < 1
         assert offered.recovered < 2

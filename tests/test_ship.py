@@ -500,7 +500,10 @@ def test_image_has_what_the_service_is() -> None:
         imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / name).read_text(), re.M)
         modules |= {f"{module}.py" for module in imports if (HERE / f"{module}.py").exists()}
     files = {name for module in modules for name in re.findall(r'"(\w+\.(?:json|html))"', (HERE / module).read_text())}
-    assert copied() == modules | (files - {"schema.json", "version.json"}) | {"requirements.txt", "requirements-build.txt"}
+    assert copied() == modules | (files - {"schema.json", "version.json"}) | {
+        "requirements.txt",
+        "requirements-build.txt",
+    }
     allowed = {line[1:] for line in (HERE / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert allowed == copied()
 

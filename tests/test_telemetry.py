@@ -1,6 +1,7 @@
-"""What the service says of itself: its log, metrics over workers and their restarts, drift, OpenAPI, the page."""
+"""What can be seen of the service: log, metrics over workers and their restarts, drift, OpenAPI, the page."""
 
 import ast
+import fcntl
 import json
 import logging
 import os
@@ -9,15 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import msgspec
 import numpy as np
@@ -32,12 +36,11 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 import data
 from chaos import Relay
-from conftest import BODY, HERE, LINE, NAME, TRANSACTION, Service, client_of, config, running, wait_until
-from fraud_api import create_app
-from model import Features, Model, Transaction
-from telemetry import KEPT, Drift, Log, Metrics, Output
+from conftest import BODY, HERE, LINE, NAME, TRANSACTION, Service, client_of, config, free_port, running, wait_until
+from fraud_api import Batch, Prediction, Predictions, Problem, Process, create_app
+from model import Features, Model, Transaction, columns_of
+from telemetry import METRICS, Metrics, Output, ScoreRecorder
 
-PLACES = (0, 1, "master")
 KEY = "k3y-of-the-tests"
 BAD = TRANSACTION | {"hour": 24}
 
@@ -45,7 +48,9 @@ BAD = TRANSACTION | {"hour": 24}
 @pytest.fixture(scope="module")
 def keyed(champion: str) -> Iterator[Service]:
     """A service that asks for a key."""
-    with running(champion, web_concurrency="2", api_keys=KEY, model_uri=f"models:/{NAME}@champion") as service:
+    with running(
+        champion, web_concurrency="2", api_keys=f"tests:{KEY}", model_uri=f"models:/{NAME}@champion"
+    ) as service:
         yield service
 
 
@@ -73,15 +78,16 @@ def line_of(service: Service, request_id: str) -> dict[str, object]:
 
 
 def test_line_of_a_prediction(keyed: Service) -> None:
-    """Who asked what and what was answered, with the trace it belongs to; no field of the transaction."""
+    """Which client asked, what was decided, by which model at which threshold; no other field of the transaction."""
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     _, body = ask(keyed, "/predict?explain=true&x=secret", BODY, X_Request_ID="one", traceparent=trace)
-    answer = json.loads(body)
+    answer, health = json.loads(body), json.loads(ask(keyed, "/health")[1])
     assert line_of(keyed, "one") == {
         "level": "info",
         "logger": "request",
         "request_id": "one",
         "trace_id": "0af7651916cd43dd8448eb211c80319c",
+        "client": "tests",
         "method": "POST",
         "path": "/predict",
         "status": 200,
@@ -89,6 +95,10 @@ def test_line_of_a_prediction(keyed: Service) -> None:
         "transaction_id": "tx_12345",
         "fraud_probability": answer["fraud_probability"],
         "is_fraud": answer["is_fraud"],
+        "threshold": health["threshold"],
+        "model_name": NAME,
+        "registry_version": health["registry_version"],
+        "sha256": health["sha256"][:12],
     }
 
 
@@ -106,6 +116,7 @@ def test_line_of_a_batch(keyed: Service, stream: bool) -> None:
         "level": "info",
         "logger": "request",
         "request_id": kind,
+        "client": "tests",
         "method": "POST",
         "path": "/predict/batch",
         "status": 200,
@@ -134,58 +145,63 @@ def test_line_of_a_refusal(keyed: Service, path: str, headers: dict[str, str], s
         "path": path,
         "status": status,
         "model_version": "v1.2.3",
-    } | ({"detail": problem["detail"]} if "detail" in problem else {})
+    } | ({"client": "tests"} if status == 422 else {}) | ({"detail": problem["detail"]} if "detail" in problem else {})
 
 
 def test_line_of_what_is_not_understood(keyed: Service) -> None:
-    """What is no HTTP is refused with an id too, and a body that breaks off has a line, though no answer."""
+    """What is not HTTP, and a body with broken chunks, are answered 400 with an id that is in the log."""
     before = samples(keyed)
-    with keyed.connect() as connection:
-        connection.sendall(b"GET /\r\n\r\n")
-        head, _, body = b"".join(iter(lambda: connection.recv(2**16), b"")).partition(b"\r\n\r\n")
-    request_id = re.findall(r"X-Request-ID: (\w+)", head.decode())[0]
-    problem = {"type": "about:blank", "title": "Bad Request", "status": 400, "request_id": request_id}
-    assert (head[:24], json.loads(body)) == (b"HTTP/1.1 400 Bad Request", problem)
-    with keyed.connect() as connection:
-        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: broken\r\n"
-        connection.sendall(
-            head.encode() + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
-        )
-        assert connection.recv(1) == b""
+    [head, problem] = exchange(keyed, b"GET /\r\n\r\n")
+    request_id = re.findall(r"X-Request-ID: (\w+)", head)[0]
+    expected = {"type": "about:blank", "title": "Bad Request", "status": 400}
+    assert (head[:24], problem) == ("HTTP/1.1 400 Bad Request", expected | {"request_id": request_id})
+    asked = f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: broken\r\n"
+    asked += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+    [head, problem] = exchange(keyed, asked.encode())
+    detail = {"detail": "the body is broken or incomplete"}
+    assert (head[:24], problem) == ("HTTP/1.1 400 Bad Request", expected | detail | {"request_id": "broken"})
     wait_until(lambda: any(line["request_id"] == "broken" for line in keyed.requests), "it is logged")
     lines = {line.pop("request_id"): line for line in keyed.requests}
     assert all(lines[name].pop("time") for name in (request_id, "broken"))
+    assert lines["broken"].pop("duration_ms") > 0
     line = {"level": "info", "logger": "request"}
     assert lines[request_id] == line | {"method": "-", "path": "-", "status": 400}
-    broken = {"method": "POST", "path": "/predict", "status": 499, "model_version": "v1.2.3"}
-    assert lines["broken"] == line | broken
+    broken = {"method": "POST", "path": "/predict", "status": 400, "model_version": "v1.2.3", "client": "tests"}
+    assert lines["broken"] == line | broken | detail
     after = samples(keyed)
     grown = {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
     assert {name: value for name, value in grown.items() if name[0] == "requests_total"} == {
         ("requests_total", "-", "400"): 1,
-        ("requests_total", "/predict", "499"): 1,
+        ("requests_total", "/predict", "400"): 1,
         ("requests_total", "/metrics", "200"): 1,
     }
 
 
+def exchange(service: Service, request: bytes) -> tuple[str, object]:
+    """Send bytes on a connection of their own, and read head and JSON body of the answer until it is closed."""
+    with service.connect() as connection:
+        connection.sendall(request)
+        head, _, body = b"".join(iter(lambda: connection.recv(2**16), b"")).partition(b"\r\n\r\n")
+    return head.decode(), json.loads(body)
+
+
 def test_every_line_is_json_and_keeps_secrets(keyed: Service) -> None:
     """gunicorn's and MLflow's as well; no value of a field, no key."""
-    text = "\n".join(keyed.output_lines)
-    assert all(json.loads(line)["time"].endswith("Z") for line in keyed.output_lines)
+    lines = [json.loads(line) for line in keyed.output_lines]
+    assert all(line.pop("time").endswith("Z") for line in lines)
+    text = repr([{name: value for name, value in line.items() if name not in ("pid", "duration_ms")} for line in lines])
     assert "Listening at" in text
     for secret in (KEY, "grocery_stores", "150.5", "2500", "secret"):
         assert secret not in text
 
 
-@pytest.mark.parametrize("human", [False, True])
-def test_what_others_log(human: bool) -> None:
-    """Libraries' warnings and tracebacks in the same format, secrets masked; plain text where people look."""
-    code = f"""
-import logging, pty, sys, warnings
+def test_what_others_log() -> None:
+    """Libraries' warnings and tracebacks are lines of JSON as well, without secrets."""
+    code = """
+import logging, sys, warnings
 from gunicorn.config import Config
-import telemetry
-sys.stdout.isatty = lambda: {human}
-telemetry.Log.mask = staticmethod(lambda text: text.replace("s3cret", "***"))
+import config, telemetry
+telemetry.Log.mask, telemetry.Log.metrics = config.Config.from_environ().mask, telemetry.Metrics()
 log = telemetry.Log(Config())
 logging.getLogger("mlflow.x").warning("mlflow s3cret \\u2028")
 logging.getLogger("urllib3").debug("too much")
@@ -195,81 +211,142 @@ try:
 except RuntimeError:
     log.exception("it failed \\udc80")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    environ = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_TRACKING_TOKEN": "s3cret"}
+    program = [sys.executable, "-c", code]
+    done = subprocess.run(program, cwd=HERE, env=environ, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert "s3cret" not in done.stdout
     assert "too much" not in done.stdout
-    if human:
-        assert re.search(r"^\d\d:\d\d:\d\d \[\d+\] \[WARNING\] mlflow \*\*\* ", done.stdout)
-        assert "[ERROR] it failed ?\nTraceback (most" in done.stdout
-    else:
-        first, second, third = (json.loads(line) for line in done.stdout.split("\n")[:-1])
-        assert (first["logger"], first["level"], first["message"]) == ("mlflow.x", "warning", "mlflow *** \u2028")
-        assert "UserWarning: careful ***" in second["message"]
-        assert (third["message"], third["exception"][-17:]) == ("it failed ?", "RuntimeError: ***")
+    first, second, third = (json.loads(line) for line in done.stdout.split("\n")[:-1])
+    assert (first["logger"], first["level"], first["message"]) == ("mlflow.x", "warning", "mlflow *** \u2028")
+    assert "UserWarning: careful ***" in second["message"]
+    assert (third["message"], third["exception"][-17:]) == ("it failed ?", "RuntimeError: ***")
 
 
-def test_a_log_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writing waits for nobody: what does not go into the pipe stays, up to a limit, and goes later, whole lines."""
+SMALL_QUEUE = """
+from pathlib import Path
+exec(Path("gunicorn.conf.py").read_text())
+telemetry.MOST_LINES = 20
+"""
+
+
+class Piped(Service):
+    """The service with a pipe of 4 KB as standard output, and a queue of 20 lines in each process."""
+
+    def __init__(self, registry: str, folder: Path) -> None:
+        (folder / "small.py").write_text(SMALL_QUEUE)
+        self.port, self.read, self.asked, (self.reader, writer) = free_port(), b"", 0, os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [str(Path(sys.executable).with_name("gunicorn")), "-c", str(folder / "small.py")]
+        environ = os.environ | {"MLFLOW_TRACKING_URI": registry, "PORT": str(self.port), "DRAIN_SECONDS": "0"}
+        self.popen = subprocess.Popen(command, cwd=HERE, env=environ, stdout=writer, stderr=writer)
+        os.close(writer)
+
+    def read_on(self, size: int = 2**16, pause: float = 0, until: Callable[[], bool] = lambda: False) -> None:
+        """Read the log, so many bytes at a time, to its end or until something is true."""
+        while not until() and (data := os.read(self.reader, size)):
+            self.read += data
+            time.sleep(pause)
+
+    def ask(self, request_id: str) -> int:
+        self.asked += 1
+        return ask(self, "/predict", BODY, X_Request_ID=request_id)[0]
+
+    def lines(self) -> list[dict[str, object]]:
+        """Every line of the log; each has to be whole."""
+        return [json.loads(line) for line in self.read.splitlines()]
+
+
+@pytest.fixture
+def piped(champion: str, tmp_path: Path) -> Iterator[Piped]:
+    service = Piped(champion, tmp_path)
+    try:
+        service.read_on(until=lambda: service.read.count(b"Worker ready") == 2)
+        yield service
+    finally:
+        service.popen.kill()
+        os.close(service.reader)
+        service.popen.wait()
+
+
+def test_a_log_that_nobody_reads(piped: Piped) -> None:
+    """Requests are answered all the same, and lost lines are counted. When it is read again, lines come again."""
+    assert {piped.ask(f"unread-{number}") for number in range(200)} == {200}
+    assert 100 < samples(piped)[("log_lines_lost_total",)] < 200
+    reader = threading.Thread(target=piped.read_on)
+    reader.start()
+    wait_until(lambda: piped.ask("again") == 200 and b'"request_id":"again"' in piped.read, "lines come again")
+    assert {piped.ask(f"{number}") for number in range(10)} == {200}
+    lost = samples(piped)[("log_lines_lost_total",)]
+    piped.popen.send_signal(signal.SIGTERM)
+    assert piped.popen.wait(20) == 0
+    reader.join()
+    requests = [line for line in piped.lines() if line["logger"] == "request"]
+    assert len(requests) + lost == piped.asked + 2  # and the two scrapes
+    assert {"unread-0", "unread-1", "again", "9"} <= {line["request_id"] for line in requests}
+
+
+def test_lines_are_whole(piped: Piped) -> None:
+    """Lines that two workers write at the same time do not mix, however slowly they are read."""
+    reader = threading.Thread(target=partial(piped.read_on, size=1000, pause=0.001))
+    reader.start()
+    with ThreadPoolExecutor(8) as pool:
+        assert {*pool.map(piped.ask, ["x" * (1 + number % 128) for number in range(400)])} == {200}
+    lost = samples(piped)[("log_lines_lost_total",)]
+    piped.popen.send_signal(signal.SIGTERM)
+    assert piped.popen.wait(20) == 0
+    reader.join()
+    assert len([line for line in piped.lines() if line["logger"] == "request"]) + lost == piped.asked + 1
+
+
+def test_long_lines_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do lines that are longer than what a pipe takes at once, such as tracebacks."""
     reader, writer = os.pipe()
-    log = Log.__new__(Log)
-    log.lines, log.flushed, log.metrics, log.error_log = deque(maxlen=KEPT), 0.0, Metrics(), logging.getLogger()
-    with os.fdopen(writer, "w") as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        for number in range(20_000):
-            log.lines.append(b"%0100d\n" % number)
-        log.flush()
-        kept = len(log.lines)
-        assert 9000 < kept < KEPT
-        read = os.read(reader, 2**20)
-        log.flush()
-        read += os.read(reader, 2**20)
-        assert len(log.lines) < kept
-    assert [int(line) for line in read.splitlines()] == [*range(10_000, 20_000 - len(log.lines))]
+    log: list[bytes] = []
+
+    def read() -> None:
+        while data := os.read(reader, 3000):
+            log.append(data)
+            time.sleep(0.0001)
+
+    def write(letter: str) -> None:
+        output, record = Output(lambda: None, str), logging.makeLogRecord({"msg": letter * 10_000})
+        for _ in range(100):
+            output.emit(record)
+        while output.lines:
+            output.drain()
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    with os.fdopen(writer, "w") as stdout, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert [*pool.map(write, "ab")] == [None, None]
+    reading.join()
     os.close(reader)
+    messages = [json.loads(line)["message"] for line in b"".join(log).splitlines()]
+    assert {"".join(sorted({*message})) for message in messages} == {"a", "b"}
 
 
-def test_messages_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is logged about anything else holds up nobody either; when somebody reads again, it is there again."""
-    reader, writer = os.pipe()
-    with os.fdopen(writer, "w") as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        lines = [f"{number:05}" + "x" * 5000 + "\n" for number in range(40)]
-        for line in lines[:20]:
-            Output().write(line)
-        os.set_blocking(reader, False)
-        with suppress(BlockingIOError):
-            while os.read(reader, 2**16):
-                pass
-        Output().write(lines[20])
-        read = os.read(reader, 2**16)
-    assert read.decode() == lines[20]
-    os.close(reader)
-
-
-def test_counting_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for the metrics may be full: the line of the request comes all the same, and others are counted."""
-    metrics = Metrics()
-    with monkeypatch.context() as context:
-        context.setattr(metrics.requests, "labels", lambda *_: 1 / 0)
-        metrics.answer({}, 200)
-        with pytest.raises(ZeroDivisionError):
-            metrics.settle()
-    metrics.answer({}, 200)
-    metrics.settle()
-    assert len(metrics.counted) == 2
-    assert metrics.requests.labels("-", 200)._value.get() == 1
+def test_a_stop_while_nobody_reads_the_log(piped: Piped) -> None:
+    """It takes no longer than otherwise."""
+    assert {piped.ask(f"unread-{number}") for number in range(100)} == {200}
+    piped.popen.send_signal(signal.SIGTERM)
+    assert piped.popen.wait(20) == 0
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
 
 def samples(service: Service) -> dict[tuple[str, ...], float]:
+    return parsed(ask(service, "/metrics")[1])
+
+
+def parsed(text: bytes) -> dict[tuple[str, ...], float]:
     """Name, and values of the labels by their names: value."""
-    families = text_string_to_metric_families(ask(service, "/metrics")[1].decode())
     return {
         (sample.name.removeprefix("fraud_api_"), *(value for _, value in sorted(sample.labels.items()))): sample.value
-        for family in families
+        for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
     }
 
@@ -300,7 +377,7 @@ def test_metrics(champion: str, model: Model) -> None:
         relay.cut()
         service.popen.send_signal(signal.SIGHUP)
         wait_until(lambda: "still serving" in service.log, "a reload has failed")
-        found, files = samples(service), [path.name for path in (service.folder() / "metrics").iterdir()]
+        found = samples(service)
     is_fraud = model.score([Transaction(**TRANSACTION)])[0] >= model.threshold
     expected = {
         ("requests_total", "/predict", "200"): 60,
@@ -312,57 +389,84 @@ def test_metrics(champion: str, model: Model) -> None:
         ("rows_total", "fraud" if is_fraud else "legitimate"): 66,
         ("rows_total", "legitimate" if is_fraud else "fraud"): 0,
         ("rows_total", "invalid"): 3,
-        ("batch_rows_sum",): 9,
-        ("batch_rows_bucket", "1.0"): 0,
-        ("batch_rows_bucket", "10.0"): 3,
         ("worker_restarts_total",): 2,
         ("failed_reloads_total",): 1,
-        ("model_info", NAME, "v1.2.3", "treelite", model.snapshot.sha256): 1,
+        ("log_lines_lost_total",): 0,
+        ("model_info", NAME, "v1.2.3", "leaf-masks", model.snapshot.sha256): 1,
         ("unfamiliar_values_total", "amount"): 0,
     }
     assert {name: found[name] for name in expected} == expected
+    assert {name[2] for name in found if name[0] == "score_decile_total"} == {model.snapshot.number}
     assert sum(value for name, value in found.items() if name[0] == "score_decile_total") == 66
     assert 0 < found[("model_load_seconds",)] < 10
     assert 0 < found[("request_seconds_sum", "/predict")] < 10
-    assert sorted(files) == sorted(f"{kind}_{place}.db" for kind in ("counter", "histogram") for place in PLACES)
 
 
-def test_counting_from_two_sides() -> None:
-    """The main loop and a scrape count what there is at the same time: all of it, once."""
+def test_workers_of_several_versions(model: Model) -> None:
+    """A worker goes on counting where one of its version has ended; the deciles of each version stay apart."""
+    metrics, workers = Metrics(blocks=4), {}
+
+    def start(name: str, version: int) -> int:
+        workers[name] = metrics.free_block({0, *workers.values()}, version)
+        metrics.use(workers[name], version)
+        metrics.add("score_decile", version)
+        metrics.add("rows", "fraud")
+        return workers[name]
+
+    assert [start("a", 1), start("b", 1), start("c", 2)] == [1, 2, 3]
+    del workers["a"], workers["b"]
+    assert start("d", 1) == 1
+    del workers["c"]
+    assert start("e", 2) == 3
+    found = parsed(metrics.text(model))
+    assert {name: value for name, value in found.items() if name[0] == "score_decile_total" and value} == {
+        ("score_decile_total", "1", "1"): 3,
+        ("score_decile_total", "2", "2"): 2,
+    }
+    assert found[("rows_total", "fraud")] == 5
+
+
+def test_counting_in_several_threads(model: Model) -> None:
+    """No request is lost between threads, nor while a scrape adds up."""
     metrics, interval = Metrics(), sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        with ThreadPoolExecutor() as pool:
-            for _ in range(10_000):
-                metrics.answer({}, 200)
-            for done in [pool.submit(metrics.settle) for _ in range(4)]:
-                done.result()
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(4):
+                pool.submit(lambda: [metrics.answered("/predict", 200, 0.003) for _ in range(1000)])
+            while metrics.text(model).count(b'{route="/predict",status="200"} 4000.0') == 0:
+                pass
     finally:
         sys.setswitchinterval(interval)
-    assert metrics.requests.labels("-", 200)._value.get() == len(metrics.counted) == 10_000
+    found = parsed(metrics.text(model))
+    buckets = {
+        float(name[1]): value for name, value in found.items() if name[::2] == ("request_seconds_bucket", "/predict")
+    }
+    assert buckets == {limit: 4000 * (limit > 0.003) for limit in buckets}
+    assert found[("request_seconds_count", "/predict")] == 4000
+    assert found[("request_seconds_sum", "/predict")] == pytest.approx(12)
 
 
 def test_every_metric_is_explained(model: Model) -> None:
-    """README's table has all metrics that there are and no other, each with its labels."""
-    app = client_of(create_app(config(), model))
-    app.post_json("/predict", TRANSACTION)
-    families = text_string_to_metric_families(app.get("/metrics").text)
-    names = {family.name: family.type for family in families if not family.name.endswith("_created")}
-    readme = (HERE / "README.md").read_text()
-    assert {*re.findall(r"^\| `(fraud_api_\w+?)(?:_total)?(?:\{[\w, ]+\})?` \|", readme, re.M)} == {*names}
-    assert {name.partition("fraud_api_")[2] for name in names} == {
-        *("requests", "request_seconds", "rows", "batch_rows", "score_decile", "unfamiliar_values"),
-        *("score_decile_training_share", "worker_restarts", "failed_reloads", "model_info", "model_load_seconds"),
+    """`/metrics` has the declared metrics and no other, and README's table has them with their labels."""
+    families = [*text_string_to_metric_families(client_of(create_app(config(), model, Process())).get("/metrics").text)]
+    assert {family.name.removeprefix("fraud_api_"): family.type for family in families} == {
+        name: kind for name, (kind, _, _) in METRICS.items()
+    }
+    rows = re.findall(r"^\| `fraud_api_(\w+?)(?:_total)?(?:\{([\w, ]+)\})?` \|", (HERE / "README.md").read_text(), re.M)
+    assert {name: tuple(filter(None, labels.split(", "))) for name, labels in rows} == {
+        name: tuple(label for label in labels if label != "le") for name, (_, _, labels) in METRICS.items()
     }
 
 
-def test_the_rules_are_about_what_there_is(model: Model) -> None:
+def test_the_rules_are_about_what_there_is() -> None:
     """Prometheus' rules use declared metrics and labels only, and README shows the expressions of the drift."""
     rules = (HERE / "k8s/components/monitoring/rules.yaml").read_text()
-    app = client_of(create_app(config(), model))
-    app.post_json("/predict", TRANSACTION)
-    names = set(re.findall(r"^# TYPE (\w+)", app.get("/metrics").text, re.M))
+    names = {f"fraud_api_{name}{'_total' * (kind == 'counter')}" for name, (kind, _, _) in METRICS.items()}
     assert {*re.findall(r"fraud_api_\w+", rules)} <= names
+    labels = re.findall(r"(?:by|on|without|ignoring) \(([\w, ]*)\)", rules) + re.findall(r"\$labels\.(\w+)", rules)
+    declared = {label for _, _, names in METRICS.values() for label in names}
+    assert {label for found in labels for label in re.findall(r"\w+", found)} <= declared | {"instance"}
     every = [rule for group in yaml.safe_load(rules)["spec"]["groups"] for rule in group["rules"]]
     recorded = {rule["record"]: " ".join(rule["expr"].split()) for rule in every if "record" in rule}
     assert {*re.findall(r"fraud_api:\w+:\w+", rules)} == {*recorded}
@@ -374,19 +478,20 @@ def test_the_rules_are_about_what_there_is(model: Model) -> None:
 def test_drift(model: Model, size: int) -> None:
     """Scores by decile, unknown categories, numbers beyond those of training, one by one as many at a time."""
     metrics = Metrics()
-    drift = Drift(model.metadata.reference, "v", metrics)
+    metrics.use(0, 7)
+    recorder = ScoreRecorder(model.metadata.reference, metrics)
     sample = data.split(data.generate(20_000, 0), 0.2)[1].rows
     rows = [Features(**row) for row in sample.head(700).to_dict("records")]
     rows[5:8] = [msgspec.structs.replace(row, merchant_category="new", amount=1e9, user_age=3) for row in rows[5:8]]
     for start in range(0, 700, size):
-        part = rows[start : start + size]
-        drift.observe(part, model.score(part))
-    found = {(s.name, *s.labels.values()): s.value for family in metrics.registry.collect() for s in family.samples}
+        columns = columns_of(rows[start : start + size])
+        recorder.record(columns, model.scorer(columns).tolist(), 0)
+    found = parsed(metrics.text(model))
     limits = [0, *model.metadata.reference.score_deciles, 1]
     expected, _ = np.histogram(model.score(rows), limits)
-    assert [found[("fraud_api_score_decile_total", "v", str(decile))] for decile in range(1, 11)] == [*expected]
+    assert [found[("score_decile_total", str(decile), "7")] for decile in range(1, 11)] == [*expected]
     assert np.abs(expected / 700 - model.metadata.reference.score_shares).max() < 0.06
-    unfamiliar = {name[1]: value for name, value in found.items() if name[0] == "fraud_api_unfamiliar_values_total"}
+    unfamiliar = {name[1]: value for name, value in found.items() if name[0] == "unfamiliar_values_total"}
     outside = dict.fromkeys(model.metadata.reference.ranges, 0) | {"amount": 3, "user_age": 3, "merchant_category": 3}
     assert unfamiliar == outside
 
@@ -400,46 +505,50 @@ def test_drift_of_scores_that_tie(model: Model) -> None:
     assert tied.score_shares == [0.7, 0, 0, 0, 0, 0, 0, 0.2, 0, 0.1]
     served = replace(model, metadata=msgspec.structs.replace(model.metadata, reference=tied))
     metrics = Metrics()
-    app = client_of(create_app(config(), served, metrics=metrics))
-    metrics.drift.observe([Transaction(**TRANSACTION)] * 1000, scores)
-    found = {
-        (sample.name, sample.labels.get("decile")): sample.value
-        for family in text_string_to_metric_families(app.get("/metrics").text)
-        for sample in family.samples
-    }
+    metrics.use(0, int(model.snapshot.number))
+    ScoreRecorder(tied, metrics).record(columns_of([Transaction(**TRANSACTION)] * 1000), scores.tolist(), 0)
+    found = parsed(metrics.text(served))
     for decile, share in enumerate(tied.score_shares, 1):
-        assert found[("fraud_api_score_decile_training_share", str(decile))] == share
-        assert found[("fraud_api_score_decile_total", str(decile))] == 1000 * share
+        assert found[("score_decile_training_share", str(decile), model.snapshot.number)] == share
+        assert found[("score_decile_total", str(decile), model.snapshot.number)] == 1000 * share
 
 
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
 
-def test_openapi_is_valid(model: Model) -> None:
-    """OpenAPI 3.1, with the rules of the schema in it, and the key only where one is asked for."""
-    document = client_of(create_app(config(api_keys=KEY), model)).get("/openapi.json").json
+def test_openapi(model: Model) -> None:
+    """OpenAPI 3.1 with all paths, and the schemas that requests and answers are made with."""
+    app = create_app(config(api_keys=KEY), model, Process())
+    document = client_of(app).get("/openapi.json").json
     OpenAPIV31SpecValidator(document).validate()
-    assert document["openapi"] == "3.1.0"
-    hour = document["components"]["schemas"]["Transaction"]["properties"]["hour"]
-    assert (hour["minimum"], hour["maximum"], hour["multipleOf"]) == (0, 23, 1)
-    secured = {path for path, item in document["paths"].items() for method in item.values() if method.get("security")}
-    assert secured == {"/predict", "/predict/batch"}
-    free = client_of(create_app(config(), model)).get("/openapi.json").json
-    assert free["paths"]["/predict"]["post"]["security"] == []
-    app = create_app(config(), model)
     assert {*document["paths"]} == {path for path in document["paths"] if app._router.find(path)}
+    secured = {path for path, item in document["paths"].items() for method in item.values() if method.get("security")}
+    assert secured == {"/predict", "/predict/batch", "/health"}
+    types = (Transaction, Batch, Prediction, Predictions, Problem)
+    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    written = document["components"]["schemas"]
+    for name, schema in schemas.items():
+        own = {key: value for key, value in schema.items() if key not in ("title", "description")}
+        assert {key: value for key, value in written[name].items() if key != "description"} == own
+    health = client_of(app).get("/health", headers={"Authorization": f"Bearer {KEY}"}).json
+    assert {*written["Health"]["properties"]} == {*health}
+    assert {*written["Health"]["required"]} == {*client_of(app).get("/health").json}
 
 
 def test_the_examples_are_true(model: Model) -> None:
     """What is sent in them is answered with what is in them, but for figures and time."""
-    app = client_of(create_app(config(), model))
+    app = client_of(create_app(config(api_keys=KEY), model, Process()))
     document = app.get("/openapi.json").json
+    known = {"Authorization": f"Bearer {KEY}"}
+    told = document["paths"]["/health"]["get"]["responses"]["200"]["content"]["application/json"]["examples"]
+    assert {*app.get("/health", headers=known).json} == {*told["with a key"]["value"]}
+    assert {*app.get("/health").json} == {*told["without a key"]["value"]}
     for path in ("/predict", "/predict?explain=true", "/predict/batch"):
         post = document["paths"][path.partition("?")[0]]["post"]
         for kind, content in post["requestBody"]["content"].items():
             [example] = content["examples"].values()
             body = example["value"] if kind.endswith("ndjson") else json.dumps(example["value"])
-            answer = app.post(path, body, {"Content-Type": kind})
+            answer = app.post(path, body, {"Content-Type": kind} | known)
             assert answer.status_code == 200
             if not kind.endswith("ndjson"):
                 shown = post["responses"]["200"]["content"][kind]["examples"]
@@ -511,9 +620,9 @@ def browser() -> Iterator[webdriver.Chrome]:
 class Page:
     """The page in a browser, by what a person does on it."""
 
-    def __init__(self, browser: webdriver.Chrome, service: Service) -> None:
+    def __init__(self, browser: webdriver.Chrome, url: str, service: Service | None = None) -> None:
         self.browser, self.service = browser, service
-        browser.get(service.url)
+        browser.get(url)
         self.wait(lambda: browser.find_elements(By.ID, "transaction_id"))
 
     def wait(self, condition: Callable[[], object]) -> None:
@@ -537,11 +646,11 @@ class Page:
 
 @pytest.fixture
 def page(browser: webdriver.Chrome, keyed: Service) -> Page:
-    return Page(browser, keyed)
+    return Page(browser, keyed.url, keyed)
 
 
 def test_page_scores(page: Page) -> None:
-    """Filled in by keyboard, it shows what the API answers: decision, probability, threshold, six Shapley values."""
+    """Filled in by keyboard, it shows what the API answers: decision, probability, and why, field by field."""
     page.fill("key", KEY)
     page.fill("amount", "900.5", Keys.TAB, "jewelry", Keys.TAB)
     page.fill("merchant_category", "jewelry")
@@ -551,15 +660,62 @@ def test_page_scores(page: Page) -> None:
     percent = float(re.findall(r"raud: ([\d.e-]+) %", shown)[0])
     assert shown.startswith("Fraud: " if answer["is_fraud"] else "No fraud: ")
     assert percent == pytest.approx(100 * answer["fraud_probability"], rel=1e-3)
-    rows = [row.text.split() for row in page.browser.find_elements(By.CSS_SELECTOR, "#result tr")]
-    assert [row[0] for row in rows] == [each["field"].split("_")[0] for each in answer["explanation"]["contributions"]]
-    assert [float(row[-1]) for row in rows] == [
-        pytest.approx(each["value"], abs=6e-5) for each in answer["explanation"]["contributions"]
+    found = [
+        page.browser.execute_script(CELLS, row) for row in page.browser.find_elements(By.CSS_SELECTOR, "#result tr")
     ]
+    expected = answer["explanation"]["contributions"]
+    names = [each["field"].replace("_", " ") for each in expected]
+    assert [name for name, *_ in found] == names
+    assert [without.partition(" % ")[2] for _, _, without, _ in found] == [f"with a usual {name}" for name in names]
+    assert [float(without.split()[2]) for _, _, without, _ in found] == [
+        pytest.approx(100 * each["without"], rel=1e-3) for each in expected
+    ]
+    assert [float(value) for *_, value in found] == [pytest.approx(each["value"], abs=6e-5) for each in expected]
+
+
+CELLS = "return [...arguments[0].children].map(cell => cell.textContent)"
+
+
+def test_page_shows_what_is_served(page: Page) -> None:
+    """Without a key its name and version; with one, as soon as it is entered, all that `/health` tells then."""
+    page.wait(lambda: page.text("facts"))
+    assert page.text("facts") == f"name{NAME}versionv1.2.3moreenter an API key"
+    page.fill("key", KEY, Keys.TAB)
+    page.wait(lambda: "scorer" in page.text("facts"))
     health = json.loads(ask(page.service, "/health")[1])
+    page.browser.find_element(By.ID, "key").send_keys("-wrong", Keys.TAB)
     facts = page.text("facts")
-    for fact in (health["model_name"], health["model_version"], health["sha256"], "average precision (hold-out)"):
+    for fact in (NAME, "v1.2.3", health["sha256"], "scorerleaf-masks", "average precision (hold-out)"):
         assert fact in facts
+    assert f"decisionfixed threshold {health['threshold']:.4g}" in facts
+    page.wait(lambda: page.text("facts").endswith("enter an API key"))
+
+
+class Threaded(ThreadingMixIn, WSGIServer):
+    """Browsers open connections before they need them."""
+
+    daemon_threads = True
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_page_of_a_version_that_decides_by_expected_cost(browser: webdriver.Chrome, model: Model) -> None:
+    """The review cost in place of a threshold, and the threshold that follows from it for the amount."""
+    metadata = msgspec.structs.replace(model.metadata, threshold=None, review_cost=5.0)
+    app = create_app(config(), replace(model, metadata=metadata), Process())
+    with make_server("127.0.0.1", 0, app, Threaded, Quiet) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            page = Page(browser, f"http://127.0.0.1:{server.server_port}")
+            shown = page.score()
+        finally:
+            server.shutdown()
+    policy = "flagged by expected cost, review cost 5.00"
+    assert f"decision{policy}scorer" in page.text("facts")
+    assert f"Decision: {policy} (at this amount from 3.322 %, the mark), v1.2.3" in shown
 
 
 def test_page_snippets(page: Page) -> None:

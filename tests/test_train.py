@@ -426,9 +426,9 @@ def test_a_champion_is_compared_on_rows_that_neither_has_seen(
     registry, path = gated
     monkeypatch.setattr(versions, "aliases", lambda name: {"champion": "1"})
     known = config(mlflow_tracking_uri=registry)
-    for size, seed, smaller in (("0.2", "0", 0.2), ("0.3", "5", 0.3), ("0.4", "1", 0.3)):
-        options = train.arguments(["--name", "gated", "--data", str(path), "--test-size", size, "--seed", seed])
-        _, held_out, _ = data.split(SAMPLE, float(size))
+    for share, seed, smaller in (("0.2", "0", 0.2), ("0.3", "5", 0.3), ("0.4", "1", 0.3)):
+        options = train.arguments(["--name", "gated", "--data", str(path), "--test-size", share, "--seed", seed])
+        _, held_out, _ = data.split(SAMPLE, float(share))
         number, champion, both = versions.champion_of(options, known, SAMPLE, held_out)
         assert (number, champion.snapshot.number) == ("1", "1")
         np.testing.assert_array_equal(both.rows.index, data.split(SAMPLE, smaller)[1].rows.index)

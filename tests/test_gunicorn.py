@@ -1,0 +1,82 @@
+"""What server.py takes from gunicorn beyond its documentation: listed in one place, and there in this version."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from gunicorn import SERVER_SOFTWARE, util
+from gunicorn.arbiter import Arbiter
+from gunicorn.http.message import Request
+from gunicorn.http.parser import RequestParser
+from gunicorn.http.unreader import Unreader
+from gunicorn.workers.gthread import TConn, ThreadWorker
+
+from conftest import HERE
+from server import PRIVATE
+
+# What gunicorn's documentation shows its hooks to use: https://gunicorn.org/reference/settings/#server-hooks
+DOCUMENTED = {
+    ThreadWorker: {"__init__", "age", "cfg", "log", "pid", "ppid", "sockets"},
+    Arbiter: {"log"},
+    Request: {"method", "path"},
+}
+# Expressions in the classes of server.py, and what of gunicorn they hold.
+HOLDS = {
+    "Connection": {"self.worker": ThreadWorker},
+    "Worker": {
+        "self": ThreadWorker,
+        "conn": TConn,
+        "conn.parser": RequestParser,
+        "conn.parser.unreader": Unreader,
+        "req": Request,
+        "util": util,
+    },
+    "Supervisor": {"server": Arbiter, "self.server": Arbiter, "worker": ThreadWorker},
+}
+
+
+def names_of(owner: Any) -> set[str]:
+    """The methods and attributes of a class of gunicorn, those that it assigns to itself included; or of a module."""
+    if inspect.ismodule(owner):
+        return {*dir(owner)}
+    source = "".join(map(inspect.getsource, owner.__mro__[:-1]))
+    return {*dir(owner)} - {*dir(object)} | {"__init__"} | {*re.findall(r"\bself\.(\w+) = ", source)}
+
+
+def listed(owner: Any) -> set[str]:
+    return {*" ".join(PRIVATE.get(owner, ())).split()}
+
+
+def uses() -> Iterator[tuple[Any, str]]:
+    """Every name of gunicorn's that the classes in server.py override, read or set, and what it belongs to."""
+    for definition in ast.parse((HERE / "server.py").read_text()).body:
+        if isinstance(definition, ast.ClassDef) and definition.name in HOLDS:
+            holds = HOLDS[definition.name]
+            for node in ast.walk(definition):
+                if isinstance(node, ast.FunctionDef) and "self" in holds:
+                    yield holds["self"], node.name
+                if isinstance(node, ast.Attribute) and (owner := holds.get(ast.unparse(node.value))):
+                    yield owner, node.attr
+
+
+@pytest.mark.parametrize("owner", PRIVATE)
+def test_the_names_are_there(owner: Any) -> None:
+    """An update of gunicorn that renames one of them is noticed here, and not by clients."""
+    for name in listed(owner):
+        assert name in names_of(owner), f"server.py uses {owner.__name__}.{name}, which {SERVER_SOFTWARE} does not have"
+
+
+def test_every_name_is_listed() -> None:
+    used = {(owner, name) for owner, name in uses() if name in names_of(owner) - DOCUMENTED.get(owner, set())}
+    missing = sorted(f"{owner.__name__}.{name}" for owner, name in used if name not in listed(owner))
+    assert not missing, f"server.py uses {', '.join(missing)}, which PRIVATE does not list"
+
+
+def test_nothing_else_is_listed() -> None:
+    idle = sorted(
+        f"{owner.__name__}.{name}" for owner in PRIVATE for name in listed(owner) - {n for o, n in uses() if o is owner}
+    )
+    assert not idle, f"PRIVATE lists {', '.join(idle)}, which server.py does not use"
