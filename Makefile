@@ -25,7 +25,7 @@ CA = --secret id=ca,src="$(SSL_CERT_FILE)"
 export PYTHONDONTWRITEBYTECODE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help install run model serve test lint size checkov chaos bench
+.PHONY: help install run model serve test lint size checkov chaos bench bench-models
 .PHONY: image image-test end-to-end release-model lock clean
 
 help: ## list the commands
@@ -82,6 +82,9 @@ chaos: install ## test under faults and overload (5 minutes) and write the resul
 
 bench: install ## compare the speed with other servers (7 minutes, needs wrk) and write the results into README.md
 	@$(WITH_ENV) $(BIN)/python -m bench.bench
+
+bench-models: install ## compare the models with LightGBM and logistic regression (10 minutes) and write the results into README.md
+	@$(WITH_ENV) $(BIN)/python -m bench.models
 
 # Docker and podman read the build arguments from the environment; one that is not set keeps its default in Dockerfile.
 # The settings of a package index and of proxies are passed as secrets, so they stay out of the image.

@@ -32,6 +32,7 @@ import msgspec
 import numpy as np
 import treelite
 
+import data
 import train
 from config import Config
 from model import FIELDS, LeafMaskScorer, acquire
@@ -204,7 +205,7 @@ def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[st
     """All figures of the run, medians over the rounds."""
     found: dict[tuple[str, ...], list[float]] = defaultdict(list)
     bodies = write_bodies(folder)
-    alone = scorers(mlflow.sklearn.load_model("models:/bench-150@champion"), train.generate(LINES, 7).rows)
+    alone = scorers(mlflow.sklearn.load_model("models:/bench-150@champion"), data.generate(LINES, 7).rows)
     with ExitStack() as stack:
         say("starting the servers")
         ports = peers(stack, port)
@@ -239,7 +240,7 @@ def measure(folder: Path, rounds: int, seconds: int, port: int) -> dict[tuple[st
 
 def write_bodies(folder: Path) -> dict[str, Path]:
     """The requests, as files. name: path"""
-    records = train.generate(LINES, 7).rows.to_dict("records")
+    records = data.generate(LINES, 7).rows.to_dict("records")
     rows = [{"transaction_id": f"tx_{number:06}", **row} for number, row in enumerate(records)]
     contents = {
         "one": json.dumps(rows[0]),
@@ -368,10 +369,10 @@ def machine() -> str:
 
 def register(trees: int) -> None:
     """Train and register a model with this number of trees."""
-    sample, name = train.generate(100_000, 0), f"bench-{trees}"
+    sample, name = data.generate(100_000, 0), f"bench-{trees}"
     pipeline = train.pipeline(trees, 0).fit(sample.rows, sample.labels)
     with mlflow.start_run():
-        reference = train.reference(sample, pipeline.predict_proba(sample.rows)[:, 1])
+        reference = data.reference(sample, pipeline.predict_proba(sample.rows)[:, 1])
         version = train.register(pipeline, train.metadata(pipeline, sample.rows, 0.5, None, reference), name)
     train.promote(name, version, None)
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webtest import TestApp
 
-import train
+import data
 from conftest import TRANSACTION, client_of, config
 from fraud_api import Process, create_app
 from model import Columns, Features, Floats, Model, Scorer, Transaction, columns_of
@@ -717,7 +717,7 @@ def test_without(app: TestApp, model: Model) -> None:
 
 def test_every_road_gives_the_same_bits(model: Model) -> None:
     """`/predict`, JSON batches of any size, streams and explanations give a row the very same probability."""
-    sample = train.generate(600, 5).rows.to_dict("records")
+    sample = data.generate(600, 5).rows.to_dict("records")
     rows = [row | {"transaction_id": f"tx_{number}"} for number, row in enumerate(sample)]
     app = client_of(create_app(config(), model, Process()))
     single = [post(app, "/predict", row).json["fraud_probability"] for row in rows]

@@ -29,7 +29,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
-import train
+import data
 from conftest import config
 from model import (
     CATEGORY,
@@ -52,7 +52,7 @@ from model import (
     new_folder,
 )
 
-SAMPLE = train.generate(6000, seed=1)
+SAMPLE = data.generate(6000, seed=1)
 DATA, LABELS = SAMPLE.rows, SAMPLE.labels
 SIGNED = ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE]))
 ORDINAL = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
@@ -85,7 +85,7 @@ def trees(request: pytest.FixtureRequest) -> tuple[Pipeline, LeafMaskScorer]:
     return pipeline, LeafMaskScorer(pipeline)
 
 
-categories = st.sampled_from(list(train.CATEGORIES)) | st.text(min_size=1, max_size=64)
+categories = st.sampled_from(list(data.CATEGORIES)) | st.text(min_size=1, max_size=64)
 rows = st.builds(
     Features,
     amount=st.floats(0, 1e4) | st.floats(0, allow_nan=False, allow_infinity=False),

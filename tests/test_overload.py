@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+import data
 import train
 from chaos import Chaos, Load
 from conftest import BODY, LINE, TRANSACTION, Service, running, wait_until
@@ -246,7 +247,7 @@ def test_silent_connections_take_no_place(champion: str) -> None:
 @pytest.fixture(scope="module")
 def slow_model(champion: str) -> str:
     """A model that is scored through a DataFrame, 200 times a second and core: ten times as much can be asked of it."""
-    sample = train.generate(5000, 0)
+    sample = data.generate(5000, 0)
     columns = make_column_transformer(
         (OneHotEncoder(handle_unknown="ignore"), [CATEGORY]), (StandardScaler(), [*NUMBERS])
     )

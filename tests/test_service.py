@@ -23,6 +23,7 @@ import pytest
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
+import data
 import train
 from conftest import (
     HERE,
@@ -188,7 +189,7 @@ def test_error_amid_a_stream(champion: str) -> None:
                 raise RuntimeError(f"cannot score {model_input}")
             return model_input["hour"] / 100
 
-    row = train.generate(1, 0).rows.iloc[0].to_dict()
+    row = data.generate(1, 0).rows.iloc[0].to_dict()
     with mlflow.start_run():
         mlflow.pyfunc.log_model(
             name="fails",
@@ -365,7 +366,7 @@ def test_s3(champion: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> Non
         experiment = mlflow.create_experiment("s3", artifact_location="s3://models/root")
         with mlflow.start_run(experiment_id=experiment):
             pipeline = mlflow.sklearn.load_model(f"models:/{NAME}/1")
-            travelling = train.metadata(pipeline, train.generate(100, 0).rows, 0.5)
+            travelling = train.metadata(pipeline, data.generate(100, 0).rows, 0.5)
             train.register(pipeline, travelling, "in-s3", {"release": "v2"})
         with running(
             champion, model_uri="models:/in-s3/1", **{name.lower(): value for name, value in keys.items()}
@@ -435,7 +436,7 @@ def test_the_locks_agree() -> None:
 
 def test_the_generator_is_what_it_says() -> None:
     """About 1 % fraud, the same for the same seed, labels that follow the true probabilities."""
-    sample, again = train.generate(200_000, seed=3), train.generate(200_000, seed=3)
+    sample, again = data.generate(200_000, seed=3), data.generate(200_000, seed=3)
     labels, truth = sample.labels, sample.truth
     assert sample.rows.equals(again.rows)
     assert 0.009 < labels.mean() < 0.011

@@ -1,37 +1,46 @@
-"""From a file of transactions to a promoted champion, against a real registry."""
+"""Search, fit, decision, gate, and the way to a promoted champion, against a real registry."""
 
 import hashlib
+import json
 import re
 import runpy
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import joblib
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from scipy.special import logit
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.metrics import average_precision_score
 from sklearn.pipeline import make_pipeline
 from webtest import TestApp
 
+import data
+import fraud_api
+import size
 import train
+import versions
 from conftest import HERE, TRANSACTION, Process, config, trained
-from fraud_api import create_app
-from model import CATEGORY, NUMBERS, TRUSTED_TYPES, Features, Model, ModelError, TreeScore, acquire, load
+from data import DataError, Sample, Split
+from model import CATEGORY, NUMBERS, Features, LeafMaskScorer, Model, ModelError, acquire, columns_of, load
+from report import CHAMPION, NEW, Evidence, Rule, Scored, cost_curve
+from train import BASELINE
 
-SAMPLE = train.generate(12_000, seed=4)
+SAMPLE = data.generate(12_000, seed=4)
 TABLE = SAMPLE.rows.assign(is_fraud=SAMPLE.labels, transaction_id=[f"tx_{row}" for row in range(12_000)])
-PRICES = train.Prices(missed=None, review=5.0, max_alert_rate=1.0)
+SMALL = ("--trees", "20", "--budget", "1")
 MEASURES = [
     "average_precision",
     "roc_auc",
     "log_loss",
     "brier_score",
-    "calibration_error",
     "recall",
     "precision",
     "alert_rate",
@@ -41,14 +50,6 @@ MEASURES = [
     "cost",
     "cost_of_flagging_nothing",
 ]
-DATED = pd.date_range("2026-01-01", periods=12_000, freq="min", tz="UTC")
-AMOUNT, HOUR = "an amount of money, a number from 0", "an hour, a whole number from 0 to 23"
-DAY, BALANCE = "a day, a whole number from 0 (Monday) to 6 (Sunday)", "an amount of money, a number, may be negative"
-HAS = f"the file has the columns {', '.join(TABLE)}"
-MISSING = "; ".join(f"{name}: the column is missing" for name in train.RULES if name != "transaction_id")
-CLASSES = "expected at least 100 of 0 and of 1"
-
-# -- transactions ------------------------------------------------------------------------------------------------------
 
 
 def written(folder: Path, table: pd.DataFrame, name: str) -> Path:
@@ -57,268 +58,166 @@ def written(folder: Path, table: pd.DataFrame, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.parquet"])
-def test_every_format_is_the_same(tmp_path: Path, name: str) -> None:
-    """What was written comes back, in its order, whatever the order of the columns and without the optional one."""
-    for table in (TABLE, TABLE.drop(columns="transaction_id")[TABLE.columns[-2::-1]]):
-        sample = train.read(written(tmp_path, table, name))
-        pd.testing.assert_frame_equal(sample.rows, SAMPLE.rows, check_dtype=False)
-        assert [dtype.kind for dtype in sample.rows.dtypes] == ["f", "O", "i", "i", "i", "f"]
-        np.testing.assert_array_equal(sample.labels, SAMPLE.labels)
-
-
-def test_categories_are_text_whatever_they_look_like(tmp_path: Path) -> None:
-    """Merchant category codes are numbers in Parquet and digits in CSV; NA is a name like others."""
-    codes = np.where(np.arange(12_000) % 2, "5411", "NA")
-    assert [*train.read(written(tmp_path, TABLE.assign(**{CATEGORY: codes}), "t.csv")).rows[CATEGORY]] == [*codes]
-    numbers = TABLE.assign(**{CATEGORY: 5411})
-    assert {*train.read(written(tmp_path, numbers, "t.parquet")).rows[CATEGORY]} == {"5411"}
-
-
-def with_cell(column: str, row: int, value: object) -> pd.DataFrame:
-    """The table with another value in a row, counted from 1."""
-    cells = TABLE[column].astype(object)
-    cells[row - 1] = value
-    return TABLE.assign(**{column: cells})
-
-
-def one(column: str, rule: str) -> str:
-    return f"{column}: 1 of 12,000 rows are wrong, the first is row 7: expected {rule}"
-
-
-WRONG = {
-    "missing column": (TABLE.drop(columns="hour"), f"hour: the column is missing; {HAS.replace('hour, ', '')}"),
-    "no label": (TABLE.drop(columns="is_fraud"), f"is_fraud: the column is missing; {HAS.replace(', is_fraud', '')}"),
-    "semicolons": (pd.DataFrame({"amount;hour": []}), f"{MISSING}; the file has the columns amount;hour"),
-    "text": (with_cell("amount", 7, "ten"), one("amount", AMOUNT)),
-    "empty": (with_cell("amount", 7, None), one("amount", AMOUNT)),
-    "boolean": (with_cell("amount", 7, True), one("amount", AMOUNT)),
-    "infinite": (with_cell("amount", 7, "inf"), one("amount", AMOUNT)),
-    "negative": (with_cell("amount", 7, -0.01), one("amount", AMOUNT)),
-    "fraction": (with_cell("hour", 7, 1.5), one("hour", HOUR)),
-    "hour 24": (with_cell("hour", 7, 24), one("hour", HOUR)),
-    "day 7": (
-        with_cell("day_of_week", 7, 7),
-        one("day_of_week", DAY),
-    ),
-    "age 131": (with_cell("user_age", 7, 131), one("user_age", "years, a whole number from 0 to 130")),
-    "balance": (
-        with_cell("account_balance", 7, "-"),
-        one("account_balance", BALANCE),
-    ),
-    "no category": (with_cell(CATEGORY, 7, None), one(CATEGORY, "a string of 1 to 64 characters")),
-    "long category": (with_cell(CATEGORY, 7, "x" * 65), one(CATEGORY, "a string of 1 to 64 characters")),
-    "long id": (with_cell("transaction_id", 7, "x" * 129), one("transaction_id", "a string of 1 to 128 characters")),
-    "same id": (with_cell("transaction_id", 7, "tx_0"), one("transaction_id", "no id twice")),
-    "label 2": (with_cell("is_fraud", 7, 2), one("is_fraud", "0 or 1")),
-    "label text": (with_cell("is_fraud", 7, "yes"), one("is_fraud", "0 or 1")),
-    "one class": (TABLE.assign(is_fraud=0), f"is_fraud: 0 of 12,000 rows are 1: {CLASSES}"),
-    "other class": (
-        TABLE.assign(is_fraud=1),
-        f"is_fraud: 12,000 of 12,000 rows are 1: {CLASSES}",
-    ),
-    "no rows": (TABLE.head(0), f"is_fraud: 0 of 0 rows are 1: {CLASSES}"),
-    "several": (
-        TABLE.assign(amount=-1.0, hour=[*[24] * 1500, *[3] * 10_500]).drop(columns="user_age"),
-        f"user_age: the column is missing; {HAS.replace('user_age, ', '')}; "
-        f"amount: 12,000 of 12,000 rows are wrong, the first is row 1: expected {AMOUNT}; "
-        f"hour: 1,500 of 12,000 rows are wrong, the first is row 1: expected {HOUR}",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_bad_rows(tmp_path: Path, case: str) -> None:
-    """One message names every column at fault, how many rows, the first of them, and the rule of the API."""
-    table, message = WRONG[case]
-    path = written(tmp_path, table, "t.csv")
-    with pytest.raises(train.DataError) as refused:
-        train.read(path)
-    assert str(refused.value) == f"{path} cannot be trained on: {message}"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.csv", b"", "No columns to parse from file"),
-        ("t.csv", b"amount,hour\n1,2\n1,2,3\n", "Error tokenizing data. C error: Expected 2 fields in line 3, saw 3"),
-        ("t.csv", b"amount,hour\n1,2,3\n", "Length of header or names does not match length of data."),
-        ("t.csv", b"\xff\xfe\x00", "'utf-8' codec can't decode byte 0xff in position 0"),
-        ("t.csv.gz", b"amount", "Not a gzipped file"),
-        ("t.parquet", b"amount", "Parquet file size is 6 bytes"),
-        ("t.csv", b"amount,amount,hour\n", "amount: there are two such columns"),
-        ("absent.csv", None, "No such file or directory"),
-        ("t.xlsx", b"PK", "expected a name that ends in .csv, .csv.gz or .parquet"),
-    ],
-)
-def test_bad_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
-    """What is no table is said in a line that names the file."""
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(train.DataError) as refused:
-        train.read(tmp_path / name)
-    assert message in str(refused.value)
-    assert str(tmp_path / name) in str(refused.value)
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("times", [DATED, DATED.strftime("%Y-%m-%d %H:%M:%S"), np.arange(12_000) - 6000.5])
-@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
-def test_time_column(tmp_path: Path, name: str, times: object) -> None:
-    """Shuffled rows come back in the order of the column: dates or numbers."""
-    shuffled = TABLE.assign(time=times).sample(frac=1, random_state=0)
-    sample = train.read(written(tmp_path, shuffled, name), "time")
-    pd.testing.assert_frame_equal(sample.rows.reset_index(drop=True), SAMPLE.rows, check_dtype=False)
-    np.testing.assert_array_equal(sample.labels, SAMPLE.labels)
-
-
-def test_rows_of_the_same_time_keep_their_order(tmp_path: Path) -> None:
-    sample = train.read(written(tmp_path, TABLE.assign(time=np.arange(12_000) // 5), "t.csv"), "time")
-    pd.testing.assert_frame_equal(sample.rows, SAMPLE.rows, check_dtype=False)
-
-
-def test_numbers_beyond_any_real_one(tmp_path: Path) -> None:
-    """What the API takes is trained on, cut as the service cuts it."""
-    sample = train.read(written(tmp_path, with_cell("account_balance", 7, -1e308), "t.csv"))
-    assert sample.rows["account_balance"][6] == -1e30
-
-
-def test_bad_times(tmp_path: Path) -> None:
-    times = DATED.strftime("%Y-%m-%d").to_numpy(object)
-    times[6] = "yesterday"
-    for column, message in (
-        ("time", one("time", "a number, or date and time as in ISO 8601")),
-        ("t", "t: the column is missing"),
-    ):
-        with pytest.raises(train.DataError, match=re.escape(f"cannot be trained on: {message}")):
-            train.read(written(tmp_path, TABLE.assign(time=times), "t.csv"), column)
-
-
-def test_chronological_split() -> None:
-    """What is held out is later than what is validated on, and that later than what is trained on."""
-    parts = train.split(SAMPLE, 0.25, in_order=True, seed=0)
-    assert [len(part) for part in parts] == [7200, 1800, 3000]
-    pd.testing.assert_frame_equal(pd.concat([part.rows for part in parts]), SAMPLE.rows)
-    np.testing.assert_array_equal(np.concatenate([part.labels for part in parts]), SAMPLE.labels)
-
-
-def test_stratified_split() -> None:
-    """Every row is in one part, at random, and as large a share of frauds in each; as a file grows it stays there."""
-    parts = train.split(SAMPLE, 0.25, in_order=False, seed=0)
-    assert [len(part) for part in parts] == [7200, 1800, 3000]
-    assert sorted(np.concatenate([part.rows.index for part in parts])) == [*range(12_000)]
-    assert not np.array_equal(parts[2].rows.index, range(9000, 12_000))
-    for part in parts:
-        assert abs(part.labels.mean() - SAMPLE.labels.mean()) < 0.0005
-        np.testing.assert_array_equal(part.labels, SAMPLE.labels[part.rows.index])
-    fewer = SAMPLE.take(np.arange(9000))
-    kept = {*train.split(fewer, 0.25, in_order=False, seed=0)[2].rows.index}
-    assert len(kept & {*parts[2].rows.index}) > 0.95 * len(kept)
-    again, other = (train.split(SAMPLE, 0.25, in_order=False, seed=seed)[2].rows.index for seed in (0, 1))
-    assert parts[2].rows.index.equals(again)
-    assert not parts[2].rows.index.equals(other)
-
-
-def test_a_part_without_fraud() -> None:
-    """A hold-out in which there is next to no fraud measures nothing."""
-    ordered = SAMPLE.take(np.argsort(-SAMPLE.labels, kind="stable"))
-    with pytest.raises(
-        train.DataError, match=r"^is_fraud: 0 of 1,920 validation rows are 1: expected at least 10 of 0 "
-    ):
-        train.split(ordered, 0.2, in_order=True, seed=0)
-
-
-# -- model, calibration, threshold, measures ---------------------------------------------------------------------------
+# -- the model ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def large() -> train.Parts:
-    return train.split(train.generate(100_000, seed=5), 0.2, in_order=False, seed=0)
+def parts() -> tuple[Sample, Sample, Split]:
+    return data.split(data.generate(100_000, seed=5), 0.2)
 
 
-def options(*words: str) -> object:
-    return train.arguments([*words])
+@pytest.fixture(scope="module")
+def fitted(parts: tuple[Sample, Sample, Split]) -> dict[str, object]:
+    return train.fit(parts[0], train.arguments(["--trees", "60", "--budget", "1"]))[0]
 
 
-def test_same_seed_same_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """Twice the same is found, fitted and decided, and each step of the search is told; another seed finds another."""
-    training, validation, held_out = train.split(SAMPLE, 0.2, in_order=False, seed=0)
-    words = ("--trees", "10", "--budget", "3", "--seed")
-    first, again, other = (train.fit(training, validation, options(*words, seed), PRICES) for seed in "001")
-    assert capsys.readouterr().out.count("search 3/3: average precision 0.") == 3
-    assert first.chosen == again.chosen
-    assert first.chosen != other.chosen
-    probabilities = [fitted.model.predict_proba(held_out.rows) for fitted in (first, again)]
-    np.testing.assert_array_equal(*probabilities)
+def test_categories_are_sets() -> None:
+    """Item 1: one split takes any set of categories; unknown ones are scored; the service's fast path is the same."""
+    names = np.array([f"kind {number:02}" for number in range(40)])
+    chosen = np.random.default_rng(0).integers(0, 40, 12_000)
+    rows = SAMPLE.rows.assign(**{CATEGORY: names[chosen]})
+    stump = {"max_leaf_nodes": 2, "learning_rate": 1.0, "min_samples_leaf": 20, "l2_regularization": 0.0}
+    model = train.pipeline(1, 0, stump).fit(rows, chosen % 2)
+    np.testing.assert_array_equal(model.predict(rows), chosen % 2)
+    new = rows.head(100).assign(**{CATEGORY: "of a new kind"})
+    batch = [Features(*row) for row in pd.concat([rows.tail(100), new]).itertuples(index=False)]
+    expected = model.predict_proba(pd.concat([rows.tail(100), new]))[:, 1]
+    np.testing.assert_allclose(LeafMaskScorer(model)(columns_of(batch)), expected, rtol=0, atol=1e-12)
 
 
-def test_search_takes_the_best(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Defaults that learn nothing lose against what is drawn at random, and by time as well."""
-    monkeypatch.setattr(train, "DEFAULTS", train.DEFAULTS | {"learning_rate": 1e-9})
-    for in_order in (False, True):
-        found = train.search(SAMPLE, 10, 3, in_order, seed=0)
-        told = [float(mean) for mean in re.findall(r"precision (\S+) with", capsys.readouterr().out)]
-        candidates = [train.DEFAULTS, *train.ParameterSampler(train.SPACE, 2, random_state=0)]
-        assert found == candidates[int(np.argmax(told))]
-        assert found != train.DEFAULTS
-        assert len({*told}) == 3
+def test_rare_categories_are_one(tmp_path: Path) -> None:
+    """Item 1: 254 are told apart, the rarest together; more than that is said."""
+    numbers = np.minimum(np.arange(12_000) // 2 % 600, np.arange(12_000) % 299)
+    rows = SAMPLE.rows.assign(**{CATEGORY: [f"kind {number:03}" for number in numbers]})
+    model = train.pipeline(3, 0).fit(rows, SAMPLE.labels)
+    assert np.nanmax(model[0].transform(rows)[:, 0]) == 253
+    batch = [Features(*row) for row in rows.head(1000).itertuples(index=False)]
+    expected = model.predict_proba(rows.head(1000))[:, 1]
+    np.testing.assert_allclose(LeafMaskScorer(model)(columns_of(batch)), expected, rtol=0, atol=1e-12)
+    [note] = data.read(written(tmp_path, rows.assign(is_fraud=SAMPLE.labels), "t.csv")).notes
+    assert note == "299 values of merchant_category: the 46 rarest are taken as one"
 
 
-def test_search_by_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Folds are later than what they are trained on; those with too little fraud are left out, in the end all."""
+def test_all_training_rows_are_fitted(fitted: dict[str, object], parts: tuple[Sample, Sample, Split]) -> None:
+    """Items 2 and 4: the model is what scikit-learn makes of all training rows, and nothing is done to it after."""
+    training, held_out, _ = parts
+    again = train.pipeline(60, 0, fitted["settings"]).fit(training.rows, training.labels)
+    np.testing.assert_array_equal(*(model.predict_proba(held_out.rows) for model in (again, fitted["pipeline"])))
+
+
+def search(monkeypatch: pytest.MonkeyPatch, best: int, *words: str) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """The settings that a search looks at, and what it takes, if number `best` of them scores best."""
     seen = []
-    monkeypatch.setattr(train, "cross_val_score", lambda *_, cv, **__: seen.append(cv) or np.zeros(3))
-    train.search(SAMPLE, 1, 2, True, seed=0)
-    assert [len(cv) for cv in seen] == [3, 3]
-    assert all(fitted.max() < compared.min() for fitted, compared in seen[0])
+
+    class Fake:
+        def fit(self, rows: pd.DataFrame, labels: np.ndarray) -> "Fake":
+            return self
+
+        def predict_proba(self, rows: pd.DataFrame) -> np.ndarray:
+            right = SAMPLE.labels[rows.index] if seen[best : best + 1] == [self.settings] else np.zeros(len(rows))
+            return np.column_stack([1 - right, right])
+
+    def pipeline(trees: int, seed: int, settings: dict[str, float]) -> Fake:
+        fake = Fake()
+        fake.settings = settings
+        seen.extend([settings] * (settings not in seen))
+        return fake
+
+    monkeypatch.setattr(train, "pipeline", pipeline)
+    monkeypatch.setattr(train, "Parallel", lambda *_, **__: lambda jobs: (job[0](*job[1], **job[2]) for job in jobs))
+    taken, _, _ = train.search(SAMPLE, train.arguments([*words]))
+    return seen, taken
+
+
+@pytest.mark.parametrize("words", [[], ["--in-order"]])
+def test_every_size_is_looked_at(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """Item 3: one setting of each size comes first with every seed and budget, then random ones; the best is taken."""
+    for budget, seed in (("1", "0"), ("6", "0"), ("6", "1")):
+        seen, taken = search(monkeypatch, 2, "--budget", budget, "--seed", seed, *words)
+        assert [settings["max_leaf_nodes"] for settings in seen[:4]] == [8, 16, 31, 63]
+        assert seen[:4] == train.START
+        assert len(seen) == max(4, int(budget))
+        assert taken == seen[2]
+    again, taken = search(monkeypatch, 5, "--budget", "6", "--seed", "0", *words)
+    assert again[4:] != seen[4:]
+    assert taken == again[5]
+
+
+def test_the_outcome_depends_little_on_the_seed() -> None:
+    """Item 3: whatever the seed, the average precision on the hold-out is the same to 0.01."""
+    training, held_out, _ = data.split(data.generate(60_000, seed=6), 0.2)
+    found = []
+    for seed in "012":
+        settings, _, _ = train.search(training, train.arguments(["--trees", "60", "--budget", "6", "--seed", seed]))
+        model = train.pipeline(60, int(seed), settings).fit(training.rows, training.labels)
+        found.append(average_precision_score(held_out.labels, model.predict_proba(held_out.rows)[:, 1]))
+    assert max(found) - min(found) <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("gains", "taken"), [((0.01, 0.01, 0.001), True), ((0.02, 0.01, -0.001), False), ((0.002, 0.002, 0.002), False)]
+)
+def test_a_random_setting_has_to_be_clearly_better(
+    monkeypatch: pytest.MonkeyPatch, gains: tuple[float, ...], taken: bool
+) -> None:
+    """Item 3: in every fold, and by 0.003 in the mean; those of each size have only to be the best."""
+    each = iter([0.39] * 3 + [0.4] * 3 + [0.3] * 6 + [0.4 + gain for gain in gains])
+    monkeypatch.setattr(train, "pipeline", lambda *_: train.logistic_regression())
+    monkeypatch.setattr(train, "average_precision_score", lambda *_: next(each))
+    found, _, _ = train.search(SAMPLE, train.arguments(["--budget", "5"]))
+    assert (found == train.START[1]) is not taken
+
+
+def test_search_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is scored by a model of other rows, in order of time of earlier ones; too little fraud is an error."""
+    options = train.arguments([*SMALL, "--in-order"])
+    monkeypatch.setattr(train, "START", train.START[:1])
+    _, rows, scores = train.search(SAMPLE, options)
+    assert len(rows) == len(scores) == 9000
+    pd.testing.assert_frame_equal(rows.rows, SAMPLE.rows[3000:])
+    first = train.pipeline(20, 0).fit(SAMPLE.rows[:3000], SAMPLE.labels[:3000])
+    np.testing.assert_array_equal(scores[:3000], first.predict_proba(SAMPLE.rows[3000:6000])[:, 1])
     late = SAMPLE.take(np.argsort(SAMPLE.labels, kind="stable"))
-    assert train.search(late, 1, 2, True, seed=0) == train.DEFAULTS
-    assert "search left out: there is too little fraud in the earlier rows" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"^is_fraud: too few of the earlier rows are 1 to validate on later ones$"):
+        train.search(late, options)
 
 
-def test_nothing_is_turned_upside_down(large: train.Parts, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where validation contradicts training, calibration would reverse the ranking: it is left out, and said."""
-    training, validation, _ = large
-    trees = train.pipeline(5, 0).fit(training.rows, training.labels)
-    reversed_ = train.Sample(validation.rows, (trees.predict_proba(validation.rows)[:, 1] < 0.01).astype(int))
-    model, found = train.calibrate(trees, reversed_)
-    assert model is trees
-    assert found["calibration"] == "left out: validation contradicts training"
-    assert found["calibration_slope"] < 0
-    assert f"calibration {found['calibration']}" in capsys.readouterr().out
+def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long says so again and again, and stops when it is done."""
+    told, said = [], threading.Event()
+    monkeypatch.setattr(versions, "EVERY", 0.001)
+    monkeypatch.setattr(versions, "say", lambda text: (told.append(text), said.set()))
+    with versions.still("fitting"):
+        assert said.wait(30)
+    assert told[0].startswith("still fitting, ")
+    assert not any(thread.name.endswith("(tell)") for thread in threading.enumerate())
 
 
-def test_calibration(large: train.Parts) -> None:
-    """Probabilities are true: in the mean, and among the most suspicious 5 %, where the decisions are."""
-    training, validation, held_out = large
-    model, _ = train.calibrate(train.pipeline(60, 0).fit(training.rows, training.labels), validation)
-    probabilities = model.predict_proba(held_out.rows)[:, 1]
-    assert train.calibration_error(held_out.labels, probabilities) < 0.003
-    top = probabilities > np.quantile(probabilities, 0.95)
-    for rows in (top, ~top):
-        assert probabilities[rows].mean() == pytest.approx(held_out.truth[rows].mean(), rel=0.1)
+def test_folds_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Item 5: two fits at a time where there are two cores, each in one thread."""
+    if joblib.cpu_count() < 2:
+        pytest.skip("one core")
+    together, real = threading.Barrier(2, timeout=30), train.pipeline
+
+    def pipeline(*given: object) -> object:
+        together.wait()
+        return real(*given)
+
+    monkeypatch.setattr(train, "pipeline", pipeline)
+    monkeypatch.setattr(train, "FOLDS", 2)
+    train.search(SAMPLE, train.arguments(["--trees", "1", "--budget", "1"]))
+    code = "import train; from sklearn.utils._openmp_helpers import _openmp_effective_n_threads as n; print(n())"
+    process = Process(
+        sys.executable,
+        "-c",
+        f"from config import prepare; prepare('train'); {code}",
+        environ={"MLFLOW_TRACKING_URI": "http://x"},
+    )
+    assert (process.wait(), process.log) == (0, "1\n")
+    process.stop()
 
 
-def test_calibration_is_repaired_in_the_leaves(large: train.Parts, capsys: pytest.CaptureFixture[str]) -> None:
-    """Trees that believe in 50 % fraud are set right, ranked as before, and still take the fast path."""
-    training, validation, held_out = large
-    balanced = train.pipeline(20, 0, train.DEFAULTS | {"class_weight": "balanced"}).fit(training.rows, training.labels)
-    model, found = train.calibrate(balanced, validation)
-    assert "calibration done: likelihood ratio" in capsys.readouterr().out
-    before, after = (each.predict_proba(held_out.rows)[:, 1] for each in (balanced, model))
-    assert train.calibration_error(held_out.labels, before) > 0.1
-    assert train.calibration_error(held_out.labels, after) < 0.003
-    expected = found["calibration_slope"] * logit(before) + found["calibration_intercept"]
-    np.testing.assert_allclose(logit(after), expected, rtol=0, atol=1e-6)
-    rows = [Features(**row) for row in held_out.rows.head(100).to_dict("records")]
-    np.testing.assert_allclose(TreeScore(model)(rows), after[:100], rtol=0, atol=1e-9)
-
-
-def test_what_is_calibrated_is_left_alone(large: train.Parts, capsys: pytest.CaptureFixture[str]) -> None:
-    training, validation, _ = large
-    trees = train.pipeline(60, 0).fit(training.rows, training.labels)
-    assert train.calibrate(trees, validation)[0] is trees
-    assert "calibration not needed: likelihood ratio" in capsys.readouterr().out
+# -- the decision ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("missed", [None, 40.0])
@@ -328,7 +227,7 @@ def test_threshold_by_cost(missed: float | None, cap: float, places: int) -> Non
     """As cheap as the cheapest of all thresholds that keep the cap, also where many rows score the same."""
     few = SAMPLE.take(np.arange(400))
     probabilities = np.round(few.truth, places)
-    prices = train.Prices(missed, 5.0, cap)
+    options = SimpleNamespace(cost_missed=missed, cost_review=5.0, max_alert_rate=cap)
     amounts = few.rows["amount"].to_numpy() if missed is None else np.full(400, missed)
 
     def cost(threshold: float) -> float:
@@ -337,104 +236,116 @@ def test_threshold_by_cost(missed: float | None, cap: float, places: int) -> Non
         return sum(5.0 if flag else amount * label for flag, label, amount in pairs)
 
     allowed = [t for t in [*probabilities, 1.0] if sum(p >= t for p in probabilities) <= cap * 400]
-    found = train.best_threshold(probabilities, few, prices)
+    found = train.best_threshold(probabilities, few, options)
     assert found in allowed
     assert cost(found) == pytest.approx(min(map(cost, allowed)))
     if cap == 0:
         assert found == 1.0
 
 
-def test_measures() -> None:
-    """Figures small enough to check by hand; the measures that scikit-learn has are scikit-learn's."""
-    labels, probabilities = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.6, 0.4, 0.9])
-    missed = labels * np.array([1.0, 2.0, 3.0, 40.0, 50.0])
-    found = train.measures(labels, probabilities, 0.5, missed, review=5.0)
-    assert [*found] == MEASURES
-    assert found == pytest.approx(
-        {
-            "average_precision": 0.5 * 1 + 0.5 * 2 / 3,
-            "roc_auc": 5 / 6,
-            "log_loss": -np.log([0.9, 0.8, 0.4, 0.4, 0.9]).mean(),
-            "brier_score": np.square([0.1, 0.2, 0.6, 0.6, 0.1]).mean(),
-            "calibration_error": (0.1 + 0.2 + 0.6 + 0.6 + 0.1) / 5,
-            "recall": 0.5,
-            "precision": 0.5,
-            "alert_rate": 0.4,
-            "recall_at_0.1_percent": 0,
-            "recall_at_1_percent": 0,
-            "recall_at_5_percent": 0,
-            "cost": 1000 * (40 + 2 * 5) / 5,
-            "cost_of_flagging_nothing": 1000 * 90 / 5,
-        }
-    )
-    many = train.measures(np.repeat(labels, 100), np.repeat(probabilities, 100), 0.5, np.repeat(missed, 100), 5.0)
-    assert many["recall_at_5_percent"] == 25 / 200
-    assert many["calibration_error"] == pytest.approx(found["calibration_error"])
+@pytest.mark.parametrize(("cap", "most"), [(1.0, 12_000), (0.02, 240), (0.0, 0)])
+def test_expected_cost_by_cost(cap: float, most: int) -> None:
+    """An alert for what is expected to be lost is at least the review, dearer where that were too many alerts."""
+    options = SimpleNamespace(cost_missed=None, cost_review=5.0, max_alert_rate=cap)
+    rule = Rule("review_cost", train.review_cost(SAMPLE.truth, SAMPLE, options))
+    flagged = rule.flags(SAMPLE.truth, SAMPLE)
+    if cap == 1.0:
+        assert rule.limit == 5.0
+        np.testing.assert_array_equal(flagged, SAMPLE.truth * SAMPLE.rows["amount"] >= 5.0)
+    else:
+        assert rule.limit > 5.0
+        assert most - 1 <= flagged.sum() <= most
 
 
-def test_intervals() -> None:
-    """Resamples are of the hold-out, the same for all models, and as wide as chance: mean of labels ± its error."""
-    few = SAMPLE.take(np.arange(3000))
-    scores = train.Scores("m", few.truth, 0.0)
-    one, two = train.bootstrap([scores, scores], few, PRICES, resamples=100)
-    assert one.equals(two)
-    assert len(one) == 101
-    share, error = few.labels.mean(), np.sqrt(few.labels.mean() / 3000)
-    assert one["precision"][0] == share
-    assert one["precision"][1:].std() == pytest.approx(error, rel=0.25)
-    assert one["precision"][1:].mean() == pytest.approx(share, abs=0.5 * error)
+def test_the_threshold_has_little_regret(fitted: dict[str, object], parts: tuple[Sample, Sample, Split]) -> None:
+    """Item 9: chosen on all training rows, each scored by a model without it; at most 5 % dearer than the best."""
+    rows, _ = fitted["validated"]
+    assert len(rows) == len(parts[0])
+    fresh = data.generate(100_000, seed=7)
+    found = fitted["pipeline"].predict_proba(fresh.rows)[:, 1]
+    _, costs, _ = cost_curve(found, fresh.truth * fresh.rows["amount"].to_numpy(), 5.0)
+    flagged = fitted["rules"]["threshold"].flags(found, fresh)
+    paid = (fresh.truth * fresh.rows["amount"])[~flagged].sum() + 5.0 * flagged.sum()
+    assert paid < 1.05 * costs.min()
+    by_amount = fitted["rules"]["expected-cost"].flags(found, fresh)
+    assert (fresh.truth * fresh.rows["amount"])[~by_amount].sum() + 5.0 * by_amount.sum() < costs.min()
 
 
-def rounds(precision: float, error: float, noise: float, loss: float = 0.03) -> pd.DataFrame:
-    random = np.random.default_rng(0).normal(0, 1, (101, 4)) * noise
+def test_no_score_lies_on_the_threshold(fitted: dict[str, object], parts: tuple[Sample, Sample, Split]) -> None:
+    """A score that differs in its last digit, on another way to it, is the same decision."""
+    scores = np.unique(fitted["pipeline"].predict_proba(parts[0].rows)[:, 1])
+    at = np.searchsorted(scores, fitted["rules"]["threshold"].limit)
+    assert fitted["rules"]["threshold"].limit == pytest.approx(scores[at - 1 : at + 1].mean(), abs=1e-15)
+    assert abs(scores - fitted["rules"]["threshold"].limit).min() > 1e-10
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def rounds(precision: float, cost: float, noise: float) -> pd.DataFrame:
+    random = np.random.default_rng(0).normal(0, 1, (101, 2)) * noise
     random[0] = 0
-    names = ["average_precision", "calibration_error", "log_loss", "cost"]
-    return pd.DataFrame(random + np.array([precision, error, loss, 600]), columns=names)
+    columns = ["average_precision", "cost"]
+    return pd.DataFrame(random * [1, 1000] + np.array([precision, cost]), columns=columns).assign(
+        cost_of_flagging_nothing=600.0
+    )
 
 
-CHAMPION = rounds(0.3, 0.002, 0)
-
-
-@pytest.mark.parametrize(
-    ("new", "passed", "verdict"),
-    [
-        (rounds(0.35, 0.002, 0.001), True, "gate passed against version 7: average precision +0.05 ["),
-        (rounds(0.35, 0.002, 0.1), False, ", not better beyond noise; "),
-        (rounds(0.25, 0.002, 0.001), False, "gate failed against version 7: average precision -0.05 ["),
-        (rounds(0.35, 0.009, 0.001), False, ", better beyond noise; calibration error +0.007 ["),
-        (rounds(0.35, 0.009, 0.001), False, ", worse beyond noise; "),
-        (rounds(0.35, 0.002, 0.001, loss=0.04), False, ", worse beyond noise; "),
-        (rounds(0.35, 0.003, 0.02), True, ", not worse beyond noise; cost per 1,000 +0 ["),
-        (CHAMPION, False, "average precision +0 [+0, +0], not better beyond noise; "),
-    ],
-)
-def test_gate(new: pd.DataFrame, passed: bool, verdict: str) -> None:
-    """Better beyond noise and not worse calibrated beyond noise: each alone is not enough."""
-    found = train.gate([new, CHAMPION], "7")
-    assert found[0] is passed
-    assert verdict in found[1]
+def evidence(new: pd.DataFrame, other: str, calibration: float = 1.0) -> Evidence:
+    """10,000 rows of which half are flagged; `calibration` times as many frauds as expected."""
+    probabilities = np.repeat([0.01, 0.2], 5000)
+    labels = (np.arange(10_000) % 100 < 100 * probabilities * calibration).astype(int)
+    sample = Sample(SAMPLE.rows.head(10_000), labels)
+    models = {name: Scored(name, probabilities, probabilities > 0.1) for name in (NEW, other)}
+    both = {NEW: new, other: rounds(0.3, 500, 0)}
+    return Evidence(
+        **dict.fromkeys(Evidence.__dataclass_fields__) | {"held_out": sample, "models": models, "rounds": both}
+    )
 
 
 @pytest.mark.parametrize(
-    ("auc", "cost", "verdict"),
+    ("new", "calibration", "failed"),
     [
-        (0.7, 500, "gate passed: there is no champion; better than chance beyond noise, cheaper than flagging nothing"),
-        (0.51, 500, "gate failed: there is no champion; not better than chance beyond noise, cheaper than"),
-        (0.7, 600, "gate failed: there is no champion; better than chance beyond noise, not cheaper than"),
+        (rounds(0.35, 500, 0.001), 1.0, None),
+        (rounds(0.35, 500, 0.1), 1.0, "more precise than version 7 beyond noise: average precision +0.05 [-"),
+        (rounds(0.25, 500, 0.001), 1.0, "more precise than version 7 beyond noise: average precision -0.05 [-"),
+        (rounds(0.35, 530, 0.01), 1.0, "as cheap as version 7 within noise: cost per 1,000 +30 [+"),
+        (rounds(0.35, 505, 0.01), 1.0, None),
+        (rounds(0.35, 500, 0.001), 2.0, "calibrated: expected and actual frauds are 1."),
+        (rounds(0.35, 500, 0.001), 0.5, "calibrated: expected and actual frauds are 1."),
+        (rounds(0.3, 500, 0), 1.0, "more precise than version 7 beyond noise: average precision +0 [+0, +0]"),
     ],
 )
-def test_gate_of_the_first(auc: float, cost: float, verdict: str) -> None:
-    """Where there is nothing to be better than, it has to be good for something."""
-    noise = np.append(0, np.random.default_rng(0).normal(0, 0.02, 100))
-    new = pd.DataFrame({"roc_auc": auc + noise, "cost": cost + noise, "cost_of_flagging_nothing": 600 + 0 * noise})
-    passed, found = train.gate([new], None)
-    assert found.startswith(verdict)
-    assert passed is verdict.startswith("gate passed")
+def test_gate(new: pd.DataFrame, calibration: float, failed: str | None) -> None:
+    """Item 8: more precise beyond noise, no dearer beyond noise, and calibrated: each alone is not enough."""
+    passed, checks = train.gate(evidence(new, CHAMPION, calibration), "7")
+    assert passed is (failed is None)
+    assert len(checks) == 3
+    assert [check.startswith(f"NOT {failed}") for check in checks].count(True) == (failed is not None)
+    assert sum(check.startswith("NOT ") for check in checks) == (failed is not None)
+
+
+@pytest.mark.parametrize(
+    ("new", "failed"),
+    [
+        (rounds(0.35, 500, 0.001), None),
+        (rounds(0.29, 500, 0.001), "NOT more precise than a logistic regression: average precision -0.01 ["),
+        (rounds(0.35, 600, 0.001), "NOT cheaper than flagging nothing: 0 saved per 1,000"),
+    ],
+)
+def test_gate_of_the_first(new: pd.DataFrame, failed: str | None) -> None:
+    """Item 8: a first champion has to be better than a logistic regression, and good for something."""
+    passed, checks = train.gate(evidence(new, BASELINE), None)
+    assert passed is (failed is None)
+    assert [check for check in checks if check.startswith("NOT")] == [
+        c for c in checks if failed and c.startswith(failed)
+    ]
 
 
 def test_gate_without_comparison() -> None:
     """A champion that cannot be scored is not one that is not there."""
-    assert train.gate([CHAMPION], "7") == (False, "gate failed: version 7, the champion, cannot be compared with")
+    found = train.gate(evidence(rounds(0.35, 500, 0), BASELINE), "7")
+    assert found == (False, ["NOT compared with version 7, the champion"])
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -442,13 +353,13 @@ def test_gate_without_comparison() -> None:
 
 @pytest.fixture(scope="module")
 def gated(registry: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A champion trained on a file, too weak; then a better one."""
+    """A champion trained on a file, too weak; then a better one of generated rows, with the names of who answers."""
     path = written(tmp_path_factory.mktemp("gated"), TABLE, "t.csv")
-    weak = ("--name", "gated", "--data", str(path), "--trees", "5", "--in-order")
-    weak = (*weak, "--cost-missed", "400", "--cost-review", "2", "--max-alert-rate", "0.05")
+    weak = ("--name", "gated", "--data", str(path), "--trees", "2", "--test-size", "0.3")
+    weak = (*weak, "--cost-missed", "400", "--cost-review", "2", "--max-alert-rate", "0.05", "--promote", "always")
     assert trained(registry, *weak) == 0
-    assert train.aliases("gated") == {"champion": "1"}
-    assert trained(registry, "--name", "gated", "--release", "better") == 0
+    assert versions.aliases("gated") == {"champion": "1"}
+    assert trained(registry, "--name", "gated", "--release", "better", "--rows", "40000", "--owner", "Risk") == 0
     return registry, path
 
 
@@ -458,103 +369,110 @@ def version(number: str) -> ModelVersion:
 
 def test_a_better_one_is_promoted(gated: tuple[str, Path]) -> None:
     """The alias moves, the champion before becomes the previous one; tags and description have verdict and figures."""
-    assert train.aliases("gated") == {"champion": "2", "previous": "1"}
-    first, second = version("1"), version("2")
-    assert first.description.startswith("gate passed: there is no champion; ")
-    figures = r"average precision \+0\.\d+ \[\+0\.\d+, \+0\.\d+\], better beyond noise; "
-    assert re.match(f"gate passed against version 1: {figures}", second.description)
-    assert "; promoted, with --promote if-better  \n" in second.description
+    assert versions.aliases("gated") == {"champion": "2", "previous": "1"}
+    second = version("2")
+    lines = second.description.split("  \n")
+    assert lines[0] == "Promoted with --promote if-better: 3 of the gate's 3 checks passed"
+    assert re.match(r"more precise than version 1 beyond noise: average precision \+0\.\d+ \[\+0\.\d+, \+", lines[2])
     metrics = MlflowClient().get_run(second.run_id).data.metrics
-    assert second.tags == {"release": "better", "gate": "passed", "promote": "if-better"} | {
-        name: f"{metrics[name]:.6g}" for name in MEASURES
-    }
+    record = {"release": "better", "gate": "passed", "promote": "if-better", "decide_by": "threshold", "owner": "Risk"}
+    record |= {"approver": "not named", "split": '{"mode":"hash","test_size":0.2,"key":"fraud-api split1","last":null}'}
+    assert second.tags == record | {name: f"{metrics[name]:.6g}" for name in MEASURES}
     for name in MEASURES:
-        assert metrics[f"{name}_low"] <= metrics[f"{name}_high"]
-        assert {f"{name}_champion", f"{name}_champion_low", f"{name}_logistic_regression"} <= {*metrics}
-        assert f"{name}_best_reachable" in metrics
+        assert {f"{name}_champion", f"{name}_logistic_regression", f"{name}_best_reachable"} <= {*metrics}
     assert metrics["average_precision"] < metrics["average_precision_best_reachable"]
 
 
+def test_who_overrode_what_is_on_record(gated: tuple[str, Path]) -> None:
+    """Item 8: a version that the gate refused says who promoted it, and against what."""
+    tags = version("1").tags
+    user = MlflowClient().get_run(version("1").run_id).data.tags["mlflow.user"]
+    assert tags["gate"] == "failed"
+    assert tags["override"].startswith(f"promoted by {user} against the gate: Promoted with --promote always: ")
+    assert "; NOT more precise than a logistic regression: " in tags["override"]
+    assert "override" not in version("2").tags
+
+
 def test_the_run_says_what_went_in(gated: tuple[str, Path]) -> None:
-    """Options, counts, the file's SHA-256, commit, versions, lineage; plots that are pictures, a report with all."""
+    """Options, counts, the file's SHA-256, commit, versions, how rows were held out, lineage, and the report."""
     run = MlflowClient().get_run(version("1").run_id)
     parameters = run.data.params
     assert parameters["data_sha256"] == hashlib.sha256(gated[1].read_bytes()).hexdigest()
-    counts = [parameters[f"{part}_{what}"] for what in ("rows", "frauds") for part in train.PART_NAMES]
-    assert counts[:3] == ["7680", "1920", "2400"]
-    assert [int(count) for count in counts[3:]] == [part.labels.sum() for part in train.split(SAMPLE, 0.2, True, 0)]
-    assert {
+    training, held_out, _ = data.split(SAMPLE, 0.3)
+    counts = [len(training), training.labels.sum(), len(held_out), held_out.labels.sum()]
+    names = [f"{part}_{what}" for part in ("training", "holdout") for what in ("rows", "frauds")]
+    given = dict(zip(names, map(str, counts), strict=True)) | {
         "cost_review": "2.0",
         "cost_missed": "400.0",
-        "trees": "5",
-        "in_order": "True",
-        "learning_rate": "0.1",
-    }.items() <= parameters.items()
-    assert {"scikit-learn_version", "mlflow_version", "python_version", "git_commit", "threshold"} <= {*parameters}
+        "trees": "2",
+    }
+    given |= {"split_mode": "hash", "split_key": "fraud-api split1", "test_size": "0.3"}
+    assert given.items() <= parameters.items()
+    known = {"scikit-learn_version", "mlflow_version", "python_version", "git_commit", "threshold", "max_leaf_nodes"}
+    assert known <= {*parameters}
     assert [(item.dataset.name, str(gated[1]) in item.dataset.source) for item in run.inputs.dataset_inputs] == [
-        (name, True) for name in train.PART_NAMES
+        ("training", True),
+        ("holdout", True),
     ]
-    folder = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id))
-    plots = {path.stem: path.read_bytes() for path in (folder / "plots").iterdir()}
-    assert {*plots} == {"precision_recall", "calibration", "scores", "cost", "permutation_importance"}
-    assert all(png.startswith(b"\x89PNG") for png in plots.values())
-    page = (folder / "report.html").read_text()
-    assert re.findall(r'(?:src|href)="(.{14})', page) == ["data:image/png"] * 5
-    assert page.count("<tr>") == len(MEASURES) + len(parameters)
-    assert "gate passed: there is no champion" in page
+    page = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/report.html")
+    assert "Promoted with --promote always: " in page
+    assert parameters["data_sha256"] in page
+
+
+def test_a_champion_is_compared_on_rows_that_neither_has_seen(
+    gated: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Item 6: version 1 has seen less of its file: what is compared is the smaller hold-out, whatever the seed."""
+    registry, path = gated
+    monkeypatch.setattr(versions, "aliases", lambda name: {"champion": "1"})
+    known = config(mlflow_tracking_uri=registry)
+    for share, seed, smaller in (("0.2", "0", 0.2), ("0.3", "5", 0.3), ("0.4", "1", 0.3)):
+        options = train.arguments(["--name", "gated", "--data", str(path), "--test-size", share, "--seed", seed])
+        _, held_out, _ = data.split(SAMPLE, float(share))
+        number, champion, both = versions.champion_of(options, known, SAMPLE, held_out)
+        assert (number, champion.snapshot.number) == ("1", "1")
+        np.testing.assert_array_equal(both.rows.index, data.split(SAMPLE, smaller)[1].rows.index)
+    few = SAMPLE.take(np.arange(600))
+    with pytest.raises(
+        ModelError, match=r"^version 1, the champion, cannot be compared with: of \d+ rows that neither"
+    ):
+        versions.champion_of(options, known, few, data.split(SAMPLE, 0.4)[1].take(np.arange(9)))
 
 
 def test_options_arrive(gated: tuple[str, Path]) -> None:
-    """The threshold is that of the validation rows by the prices given; the champion is measured at its own."""
+    """The threshold is of the validated rows by the prices given; the champion is measured at its own."""
     weak = mlflow.sklearn.load_model("models:/gated/1")
-    _, validation, _ = train.split(SAMPLE, 0.2, in_order=True, seed=0)
-    prices = train.Prices(400.0, 2.0, 0.05)
-    threshold = train.best_threshold(weak.predict_proba(validation.rows)[:, 1], validation, prices)
     client = MlflowClient()
-    assert float(client.get_run(version("1").run_id).data.params["threshold"]) == threshold
-    _, _, held_out = train.split(train.generate(20_000, 0), 0.2, in_order=False, seed=0)
+    threshold = float(client.get_run(version("1").run_id).data.params["threshold"])
+    training, _, _ = data.split(SAMPLE, 0.3)
+    assert (weak.predict_proba(training.rows)[:, 1] >= threshold).mean() < 0.15
+    _, held_out, _ = data.split(data.generate(40_000, 0), 0.2)
     flagged = weak.predict_proba(held_out.rows)[:, 1] >= threshold
     assert client.get_run(version("2").run_id).data.metrics["alert_rate_champion"] == flagged.mean()
 
 
-@pytest.mark.parametrize(
-    ("choice", "passed", "promoted"),
-    [
-        ("always", True, True),
-        ("always", False, True),
-        ("if-better", True, True),
-        ("if-better", False, False),
-        ("never", True, False),
-        ("never", False, False),
-    ],
-)
-def test_promote(choice: str, passed: bool, promoted: bool) -> None:
-    assert train.is_promoted(choice, passed) is promoted
-
-
 def test_a_worse_one_is_not_promoted(gated: tuple[str, Path]) -> None:
-    """By the command, on every core: it tells how far it is, registers the version, leaves the alias, and exits 3."""
+    """By the command: it tells how far it is, registers the version, leaves the alias, and exits 3."""
     registry, path = gated
-    words = ["--name", "gated", "--data", str(path), "--trees", "1", "--budget", "2", "--time-column", "user_age"]
+    words = ["--name", "gated", "--data", str(path), "--trees", "1", "--budget", "2", "--test-size", "0.25"]
     process = Process(sys.executable, "train.py", *words, environ={"MLFLOW_TRACKING_URI": registry})
     status, log = process.wait(), process.log
     process.stop()
     assert status == train.NOT_PROMOTED == 3, log
     steps = [
         "reading",
+        "comparing with version 2 on",
         "12,000 transactions",
-        "search 2/2",
+        "search 4/4",
         "fitting 1 trees",
-        "measured on 200/200 resamples",
-        "registering",
+        "measuring",
     ]
+    steps += ["Not promoted with --promote if-better: ", "NOT more precise than version 2", "registering"]
     assert sorted(steps, key=log.index) == steps
-    [verdict] = re.findall(
-        r"^gate failed against version 2: .*, not better beyond noise; .*; not promoted, with .*$", log, re.M
-    )
-    assert version("3").description.startswith(verdict)
+    assert version("3").description.startswith("Not promoted with --promote if-better: ")
     assert version("3").tags["gate"] == "failed"
-    assert train.aliases("gated") == {"champion": "2", "previous": "1"}
+    assert json.loads(version("3").tags["split"])["test_size"] == 0.25
+    assert versions.aliases("gated") == {"champion": "2", "previous": "1"}
 
 
 @pytest.fixture
@@ -576,9 +494,9 @@ def test_rollback(command: Callable[..., object], capsys: pytest.CaptureFixture[
     """Champion and previous change places, and change back; nothing is rolled back to nothing."""
     assert command("rollback", "--name", "gated") == 0
     assert capsys.readouterr().out.endswith(" gated: champion is version 1 again, previous is version 2\n")
-    assert train.aliases("gated") == {"champion": "1", "previous": "2"}
+    assert versions.aliases("gated") == {"champion": "1", "previous": "2"}
     assert command("rollback", "--name", "gated") == 0
-    assert train.aliases("gated") == {"champion": "2", "previous": "1"}
+    assert versions.aliases("gated") == {"champion": "2", "previous": "1"}
     problem = command("rollback", "--name", "nobody")
     assert problem == "train: nobody has no version to roll back to: its aliases are none"
 
@@ -603,15 +521,15 @@ def test_what_cannot_be_done_is_said(gated: tuple[str, Path], tmp_path: Path) ->
     client = MlflowClient()
     bad = written(tmp_path, TABLE.drop(columns="hour"), "bad.csv")
     runs = len(client.search_runs([mlflow.get_experiment_by_name("gated").experiment_id]))
-    with pytest.raises(train.DataError, match="hour: the column is missing"):
+    with pytest.raises(DataError, match="hour: the column is missing"):
         trained(registry, "--name", "gated", "--data", str(bad))
     assert len(client.search_runs([mlflow.get_experiment_by_name("gated").experiment_id])) == runs
     with pytest.raises(ModelError, match=r"^version 2 is not promoted: the champion is version 2 by now, not 1$"):
-        train.promote("gated", "2", "1")
+        versions.promote("gated", "2", "1")
 
 
 def test_a_champion_that_cannot_be_compared_with(registry: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --promote if-better it ends the training; else it is said, and there is no comparison."""
+    """Item 6: with --promote if-better it ends the training; else it is said, and there is no comparison."""
     with mlflow.start_run():
         mlflow.sklearn.log_model(
             train.logistic_regression().fit(SAMPLE.rows, SAMPLE.labels),
@@ -619,13 +537,28 @@ def test_a_champion_that_cannot_be_compared_with(registry: str, capsys: pytest.C
             registered_model_name="unsigned",
             pip_requirements=[],
         )
-    MlflowClient().set_registered_model_alias("unsigned", "champion", "1")
-    known = config(mlflow_tracking_uri=registry)
-    with pytest.raises(
-        ModelError, match=r"^version 1, the champion, cannot be compared with: .*missing, .*; see --promote$"
+    client, known = MlflowClient(), config(mlflow_tracking_uri=registry)
+    client.set_registered_model_alias("unsigned", "champion", "1")
+    _, held_out, how = data.split(SAMPLE, 0.2)
+
+    def compared(*words: str) -> tuple[object, ...]:
+        options = train.arguments(["--name", "unsigned", *words])
+        return versions.champion_of(options, known, SAMPLE, held_out)
+
+    for tag, why in (
+        (None, "it has no record of the rows"),
+        (how, ".*missing, "),
+        (Split("time", 0.2, last=1.0), "which rows"),
     ):
-        train.champion_of(options("--name", "unsigned"), known)
-    assert train.champion_of(options("--name", "unsigned", "--promote", "always"), known) == ("1", None)
+        if tag:
+            client.set_model_version_tag(
+                "unsigned", "1", "split", json.dumps({f: getattr(tag, f) for f in tag.__struct_fields__})
+            )
+        with pytest.raises(
+            ModelError, match=rf"^version 1, the champion, cannot be compared with: {why}.*; see --promote$"
+        ):
+            compared()
+    assert compared("--promote", "always") == ("1", None, held_out)
     assert "version 1, the champion, cannot be compared with: " in capsys.readouterr().out
 
 
@@ -639,39 +572,65 @@ def test_metadata_round_trip(champion: str, model: Model, app: TestApp) -> None:
     run = MlflowClient(champion).get_run(MlflowClient(champion).get_model_version("fraud-detector", "1").run_id)
     assert model.metadata.metrics == {name: run.data.metrics[name] for name in MEASURES}
     assert model.threshold == float(run.data.params["threshold"])
-    training, validation, held_out = train.split(train.generate(20_000, 0), 0.2, in_order=False, seed=0)
+    training, held_out, _ = data.split(data.generate(20_000, 0), 0.2)
     reference, numbers = model.metadata.reference, training.rows[[*NUMBERS]]
     assert reference.ranges == {name: (numbers[name].min(), numbers[name].max()) for name in NUMBERS}
-    assert reference.categories == sorted(train.CATEGORIES)
+    assert reference.categories == sorted(data.CATEGORIES)
     ordinary = numbers.quantile(0.5, interpolation="lower").to_dict()
     assert reference.transaction == Features(merchant_category="grocery_stores", **ordinary)
-    scores = model.score([Features(**row) for row in validation.rows.to_dict("records")])
-    for tenths, limit in enumerate(reference.score_deciles, 1):
-        below = scores[scores < limit]
-        assert (below < below.max() - 1e-9).sum() < tenths / 10 * len(scores) <= len(below)
-        assert abs(scores - limit).min() > 1e-12
+    scores = model.score([Features(**row) for row in held_out.rows.to_dict("records")])
     counts = np.histogram(scores, [0, *reference.score_deciles, 1])[0]
     assert reference.score_shares == (counts / len(scores)).tolist()
+    assert min(abs(scores - limit).min() for limit in reference.score_deciles) > 1e-12
     rows = held_out.rows.head(200).to_dict("records")
     for row, probability in zip(rows, model.score([Features(**row) for row in rows]), strict=True):
         answer = app.post_json("/predict", {"transaction_id": "t", **row}).json
         assert answer["is_fraud"] is bool(probability >= float(run.data.params["threshold"]))
 
 
+def test_a_version_that_decides_by_expected_cost(registry: str, tmp_path: Path) -> None:
+    """It carries a review cost and no threshold; the service decides as was measured, and so does the next training."""
+    words = ("--name", "by-cost", "--decide-by", "expected-cost", "--cost-review", "4", "--promote", "always")
+    words = (*words, "--rows", "15000", "--trees", "5")
+    assert trained(registry, *words) == 0
+    known = config(mlflow_tracking_uri=registry, model_uri="models:/by-cost@champion")
+    served = load(acquire(known, tmp_path, 60), known)
+    assert (served.metadata.threshold, served.metadata.review_cost) == (None, 4.0)
+    run = MlflowClient().get_run(MlflowClient().get_model_version("by-cost", "1").run_id)
+    _, held_out, _ = data.split(data.generate(15_000, 0), 0.2)
+    flagged = Rule("review_cost", 4.0).flags(train.scores_of(served, held_out), held_out)
+    assert run.data.metrics["alert_rate"] == flagged.mean()
+    app = TestApp(fraud_api.create_app(known, served, fraud_api.Process()))
+    for place in [*np.flatnonzero(flagged)[:20], *np.flatnonzero(~flagged)[:20]]:
+        answer = app.post_json("/predict", {"transaction_id": "t", **held_out.rows.iloc[place].to_dict()}).json
+        assert answer["is_fraud"] is bool(flagged[place])
+    assert trained(registry, "--name", "by-cost", "--promote", "never", "--rows", "15000", "--trees", "5") == 0
+    again = MlflowClient().get_run(MlflowClient().get_model_version("by-cost", "2").run_id)
+    assert again.data.metrics["alert_rate_champion"] == flagged.mean()
+
+
 def test_a_model_of_your_own(registry: str, tmp_path: Path) -> None:
     """README's lines, run as they stand, make a version that the service takes."""
     readme = (HERE / "README.md").read_text()
     [code] = re.findall(r"```python\n(import mlflow\n.*?)```", readme.partition("### A model of your own")[2], re.S)
-    assert "sklearn.tree._tree.Tree" in TRUSTED_TYPES
     columns = train.pipeline(1, 0)[0]
-    forest = make_pipeline(columns, RandomForestClassifier(5, random_state=0)).fit(SAMPLE.rows, SAMPLE.labels)
+    forest = make_pipeline(columns, RandomForestClassifier(5, max_leaf_nodes=32, random_state=0)).fit(
+        SAMPLE.rows, SAMPLE.labels
+    )
     exec(code, {"model": forest, "rows": SAMPLE.rows})
     known = config(mlflow_tracking_uri=registry, model_uri="models:/my-model@champion")
-    app = TestApp(create_app(known, load(acquire(known, tmp_path, 60), known)))
+    served = load(acquire(known, tmp_path, 60), known)
+    app = TestApp(fraud_api.create_app(known, served, fraud_api.Process()))
     frame = pd.DataFrame([{name: TRANSACTION[name] for name in SAMPLE.rows}])
     answer = app.post_json("/predict", TRANSACTION).json
     assert answer["fraud_probability"] == pytest.approx(forest.predict_proba(frame)[0, 1], abs=1e-9)
-    assert app.get("/health").json["scorer"] == "treelite"
+    assert app.get("/health").json["scorer"] == "leaf-masks"
+
+
+def test_the_service_needs_none_of_it() -> None:
+    """What serves imports nothing that trains."""
+    for name in size.SERVING:
+        assert not re.findall(r"^\s*(?:import|from) (?:data|report|train|versions)\b", (HERE / name).read_text(), re.M)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -696,6 +655,9 @@ def test_a_model_of_your_own(registry: str, tmp_path: Path) -> None:
         ["rollback", "--seed", "1"],
         ["--name", "a/b"],
         ["--cost-review", "inf"],
+        ["--decide-by", "mood"],
+        ["--decide-by", "expected-cost", "--cost-missed", "4"],
+        ["--decide-by", "expected-cost", "--cost-review", "0"],
     ],
 )
 def test_wrong_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -710,6 +672,6 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.arguments(["--help"])
     shown = capsys.readouterr().out
-    for name in vars(train.arguments([])):
+    for name in {*vars(train.arguments([]))} - {"by_time"}:
         flag = name if name == "command" else "--" + name.replace("_", "-")
         assert name == "command" or re.search(rf"^  {flag}\b.*\n?\s+\w", shown, re.M), flag

@@ -1,0 +1,334 @@
+"""Transactions to train on: read from a file and checked by the rules of the API, or generated; and how they are split.
+
+Rows are held out by the value of their hash, or as the latest. `Split` records how, so that it can be told later which
+rows a model has never seen.
+"""
+
+import gzip
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import pandas as pd
+
+from model import CATEGORY, DTYPES, LARGEST, MONEY, NUMBERS, SIGNATURE, Features, Floats, Reference, Transaction
+
+LABEL, ID = "is_fraud", "transaction_id"
+# The rules of the API, and of the label, as JSON Schema.
+RULES: dict[str, dict[str, Any]] = {
+    **msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"],
+    LABEL: {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 1, "description": "0 or 1"},
+}
+# "" and "NA" are what stands there; a surplus cell is an error.
+CSV: Any = {"dtype": {CATEGORY: str, ID: str}, "keep_default_na": False, "low_memory": False, "index_col": False}
+CONTROL = r"[\x00-\x1f\x7f-\x9f]"
+TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
+FEWEST = 100  # rows of either class, to train and measure on
+FEWEST_IN_PART = 10
+MOST_CATEGORIES = 1000  # that monitoring knows; more look like a list of merchants, not of their kinds
+MOST_ENCODED = 254  # categories that the trees tell apart: HistGradientBoosting takes 255 values
+KEY = "fraud-api split1"  # of the hash, 16 bytes: another key, or another hash in pandas, holds out other rows
+
+Column = Any  # of a pandas DataFrame
+
+
+class DataError(Exception):
+    """The transactions cannot be trained on; the message names columns, rows and rules."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Transactions (rows × 6) and their labels (1 is fraud).
+
+    `truth` are the probabilities behind the labels where they are generated, `times` the values of the time column, in
+    seconds since 1970 where they are `dated`. `notes` are sentences about the file that a reader of the report needs.
+    """
+
+    rows: pd.DataFrame
+    labels: np.ndarray
+    truth: Floats | None = None
+    times: Floats | None = None
+    dated: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, chosen: np.ndarray) -> "Sample":
+        """These rows: a mask or positions."""
+        truth, times = (None if each is None else each[chosen] for each in (self.truth, self.times))
+        return replace(self, rows=self.rows.iloc[chosen], labels=self.labels[chosen], truth=truth, times=times)
+
+    def evenly(self, most: int) -> "Sample":
+        """No more than so many rows, from the first to the last."""
+        return self.take(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int))
+
+
+# -- from a file -------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, time_column: str | None = None, ordered: bool = False) -> Sample:
+    """The transactions of a file, in its order or that of the time column. Raises `DataError`."""
+    try:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            table = _table(path)
+        columns = {name: _typed(table[name], rule["type"]) for name, rule in RULES.items() if name in table}
+        if LABEL in table and table[LABEL].dtype.kind == "b":
+            columns[LABEL] = pd.Series(table[LABEL].to_numpy(np.float64, na_value=np.nan))
+        times = _moments(table[time_column]) if time_column and time_column in table else None
+    except (OSError, EOFError, ValueError, TypeError, NotImplementedError, pd.errors.ParserWarning) as error:
+        raise DataError(f"{path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
+    if found := [*_faults(table, columns, time_column, times)]:
+        raise DataError(f"{path} cannot be trained on: {'; '.join(found)}")
+    rows = pd.DataFrame({name: columns[name].to_numpy(DTYPES[kind]) for name, kind in SIGNATURE})
+    for name in MONEY:
+        rows[name] = rows[name].clip(-LARGEST, LARGEST)  # as the service does
+    labels, notes = columns[LABEL].to_numpy(np.int64), tuple(_notes(table, rows, ordered or times is not None))
+    if times is None:
+        return Sample(rows, labels, notes=notes)
+    dated = bool(_typed(table[time_column], "number").isna().all())
+    return Sample(rows, labels, None, times.to_numpy(), dated, notes).take(np.argsort(times, kind="stable"))
+
+
+def _table(path: Path) -> pd.DataFrame:
+    if path.suffix.lower() in (".parquet", ".pq"):
+        return pd.read_parquet(path)
+    if not path.name.lower().endswith((".csv", ".csv.gz")):
+        raise ValueError("expected a name that ends in .csv, .csv.gz or .parquet")
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        for number, line in enumerate(file, 1):  # pandas does not name the line, and cuts text at a NUL byte
+            try:
+                if "\0" in line.decode():
+                    raise ValueError(f"line {number:,} has a NUL byte: expected text in UTF-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number:,} is not in UTF-8, the encoding expected: {error.reason}") from None
+    return pd.read_csv(path, **CSV)
+
+
+def _typed(column: Column, kind: str) -> Column:
+    """Text as it is and "" where there is none; numbers as float64 and NaN where there is none."""
+    if kind == "string":
+        return column.astype(object).where(column.notna(), "").astype(str)
+    if column.dtype.kind in "bmM":  # true is no number, nor is a date
+        return pd.Series(np.full(len(column), np.nan))
+    return pd.Series(pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan))
+
+
+def _moments(column: Column) -> Column:
+    """Numbers, or dates as ISO 8601 has them, as float64; NaN where there is none. Dates without a zone are UTC."""
+    numbers = _typed(column, "number")
+    if numbers.notna().any() or column.dtype.kind == "b":
+        return numbers
+    moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
+    return (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+
+
+def _faults(
+    table: pd.DataFrame, columns: dict[str, Column], time_column: str | None, times: Column | None
+) -> Iterator[str]:
+    """What is wrong with a table, column by column; the first row below the header is row 1."""
+    needed = [name for name in (*RULES, time_column) if name not in (None, ID)]
+    if missing := [f"{name}: the column is missing" for name in needed if name not in table]:
+        yield from missing
+        yield f"the file has the columns {', '.join(map(str, table.columns))[:300]}"
+        if len(table.columns) == 1 and (found := re.search("[;\t|]", str(table.columns[0]))):
+            yield f"its columns seem to be separated by {found[0]!r}: expected commas"
+    yield from (f"{name}: there are two such columns" for name in [*needed, ID] if f"{name}.1" in table)
+    checks = [(name, _keeps(column, RULES[name]), RULES[name]["description"]) for name, column in columns.items()]
+    if ID in columns:
+        checks.append((ID, ~columns[ID].duplicated(), "no id twice"))
+    if CATEGORY in columns:
+        checks.append((CATEGORY, ~columns[CATEGORY].str.contains(CONTROL), "no control characters"))
+    if times is not None:
+        checks.append((str(time_column), times.notna(), "a number, or date and time as in ISO 8601"))
+    for name, right, rule in checks:
+        if wrong := int((~right).sum()):
+            where = f"{wrong:,} of {len(table):,} rows are wrong, the first is row {int(np.argmin(right)) + 1:,}"
+            yield f"{name}: {where}: expected {rule}"
+    if LABEL in columns and _keeps(columns[LABEL], RULES[LABEL]).all():
+        frauds = int(columns[LABEL].sum())
+        if not FEWEST <= frauds <= len(table) - FEWEST:
+            yield f"{LABEL}: {frauds:,} of {len(table):,} rows are 1: expected at least {FEWEST} of 0 and of 1"
+
+
+def _keeps(column: Column, rule: dict[str, Any]) -> Column:
+    """Which values keep a rule of the API (JSON Schema)."""
+    if rule["type"] == "string":
+        return column.str.len().between(rule["minLength"], rule["maxLength"])
+    within = column.between(rule.get("minimum", -np.inf), rule.get("maximum", np.inf)) & np.isfinite(column)
+    return within & (column % rule["multipleOf"] == 0) if "multipleOf" in rule else within
+
+
+def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[str]:
+    """What is not wrong, but may make the figures worthless."""
+    if (kinds := rows[CATEGORY].nunique()) > MOST_ENCODED:
+        yield f"{kinds:,} values of {CATEGORY}: the {kinds - MOST_ENCODED + 1:,} rarest are taken as one"
+    if kinds > MOST_CATEGORIES:
+        yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not kinds"
+    others = [] if ordered else [str(name) for name in table.columns if name not in RULES]
+    if found := [name for name in others if re.search(TIME_NAME, name) or _dates(table[name].head(1000))]:
+        yield (
+            f"WARNING: {', '.join(found)} looks like a time, and --time-column is not given: "
+            "rows are held out at random, so figures for later transactions may be far worse than those measured"
+        )
+
+
+def _dates(column: Column) -> bool:
+    if column.dtype.kind in "biuf":
+        return False
+    return bool(pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True).notna().mean() > 0.9)
+
+
+# -- generated ---------------------------------------------------------------------------------------------------------
+
+# category: share of transactions, mean log amount, weight of the category in the log-odds of fraud
+CATEGORIES = {
+    "grocery_stores": (0.24, 3.4, -0.9),
+    "restaurants": (0.18, 3.2, -0.7),
+    "online_retail": (0.14, 3.8, 0.8),
+    "gas_stations": (0.12, 3.6, -0.2),
+    "pharmacies": (0.06, 3.0, -0.6),
+    "utilities": (0.06, 4.4, -1.4),
+    "entertainment": (0.06, 3.5, 0.0),
+    "clothing": (0.05, 4.0, 0.1),
+    "electronics": (0.04, 5.2, 1.1),
+    "travel": (0.03, 5.9, 0.5),
+    "jewelry": (0.01, 6.0, 1.4),
+    "money_transfer": (0.01, 5.3, 1.9),
+}
+# Transactions by hour of the day: few at night, most in the late afternoon.
+HOURS = [10, 6, 4, 3, 3, 5, 15, 30, 40, 45, 50, 55, 65, 60, 55, 55, 60, 70, 75, 70, 60, 50, 35, 20]
+INTERCEPT = -7.58  # gives 1 % fraud
+
+
+def generate(rows: int, seed: int) -> Sample:
+    """Transactions like real ones, with the probabilities that their labels were drawn from.
+
+    Fraud is rare (about 1 %), more likely for amounts that are large for their category or for the account, at night
+    and above all at night in risky categories, for the youngest and oldest users and for overdrawn accounts.
+    As the probabilities are known, so is the best that any model can reach.
+    """
+    random = np.random.default_rng(seed)
+    share, log_amount, risk = np.array(list(CATEGORIES.values())).T
+    category = random.choice(len(share), rows, p=share / share.sum())
+    excess = random.standard_normal(rows)
+    data = pd.DataFrame(
+        {
+            "amount": np.exp(log_amount[category] + 0.8 * excess).round(2),
+            "merchant_category": np.array(list(CATEGORIES))[category],
+            "hour": random.choice(24, rows, p=np.array(HOURS) / sum(HOURS)),
+            "day_of_week": random.integers(0, 7, rows),
+            "user_age": (18 + random.gamma(3, 9.5, rows)).clip(max=100).astype(int),
+            "account_balance": (np.exp(7.6 + 1.1 * random.standard_normal(rows)) - 250).round(2),
+        }
+    )
+    night = data["hour"] < 6
+    log_odds = (
+        INTERCEPT
+        + risk[category]
+        + 1.9 * excess.clip(min=0.3)
+        + 1.5 * night
+        + 1.1 * (night & (risk[category] > 0.4))
+        + 1.3 * np.log1p(4 * data["amount"] / (data["account_balance"].abs() + 100))
+        + 0.6 * ((data["user_age"] < 22) | (data["user_age"] > 70))
+        + 0.8 * (data["account_balance"] < 0)
+    )
+    probability = np.asarray(1 / (1 + np.exp(-log_odds)))
+    return Sample(data, (random.random(rows) < probability).astype(np.int64), probability)
+
+
+# -- the hold-out ------------------------------------------------------------------------------------------------------
+
+
+class Split(msgspec.Struct, frozen=True):
+    """How rows were held out; recorded with a version. `last` is the latest row that was not: its moment or hash."""
+
+    mode: Literal["hash", "time", "order"]
+    test_size: float
+    key: str = KEY
+    last: float | str | None = None
+
+    def unseen(self, sample: Sample) -> np.ndarray:
+        """A mask of the rows that a model with this split has never seen. Raises `DataError` if none can be told."""
+        if self.key == KEY and self.mode == "hash":
+            return np.asarray(pd.util.hash_array(_hashes(sample)) / 2.0**64 < self.test_size)
+        if self.mode == "time" and sample.times is not None:
+            return np.asarray(sample.times > float(self.last or 0))
+        if self.key == KEY and self.mode == "order" and sample.times is None:
+            same = np.flatnonzero(_hashes(sample) == np.uint64(int(str(self.last), 16)))
+            if len(same):
+                return np.asarray(np.arange(len(sample)) > same[-1])
+        raise DataError(f"which rows were seen cannot be told: split by {self.mode}, key {self.key}, to {self.last}")
+
+
+def _hashes(sample: Sample) -> np.ndarray:
+    """A number for the values of each row, the same in every file and place."""
+    return np.asarray(pd.util.hash_pandas_object(sample.rows, index=False, hash_key=KEY))
+
+
+def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sample, Sample, Split]:
+    """The rows to train on and those held out: the latest where they are in order, else by their hash."""
+    chosen = Split("hash", test_size)
+    if in_order:
+        last = len(sample) - round(len(sample) * test_size) - 1
+        if sample.times is None:
+            chosen = Split("order", test_size, last=f"{_hashes(sample)[last]:016x}")
+        else:
+            chosen = Split("time", test_size, last=float(sample.times[last]))
+    held_out = chosen.unseen(sample)
+    parts = sample.take(~held_out), sample.take(held_out)
+    for part, name in zip(parts, ("training", "hold-out"), strict=True):
+        if not FEWEST_IN_PART <= part.labels.sum() <= len(part) - FEWEST_IN_PART:
+            found = f"{part.labels.sum():,} of {len(part):,} {name} rows are 1"
+            raise DataError(f"{LABEL}: {found}: expected at least {FEWEST_IN_PART} of 0 and of 1")
+    return *parts, chosen
+
+
+def drift(sample: Sample) -> dict[str, float]:
+    """The population stability index of each field, between the first and the last fifth of the rows."""
+    found, size = {}, len(sample) // 5
+    for name in sample.rows:
+        values = sample.rows[name]
+        if name != CATEGORY:
+            values = np.searchsorted(np.unique(np.quantile(values[:size], np.arange(1, 10) / 10)), values)
+        codes, kinds = pd.factorize(values)
+        before, after = (np.bincount(part, minlength=len(kinds)) + 0.5 for part in (codes[:size], codes[-size:]))
+        before, after = before / before.sum(), after / after.sum()
+        found[str(name)] = float(((after - before) * np.log(after / before)).sum())
+    return found
+
+
+# -- what travels with a model -----------------------------------------------------------------------------------------
+
+
+def between(limit: float, scores: Floats) -> float:
+    """The middle between the lowest score from `limit` on and the next lower one, so that no score lies on it."""
+    distinct = np.unique([0.0, *scores, 1.0])
+    distinct = distinct[np.diff(distinct, prepend=-1) > 1e-9]  # another order of summation is no other score
+    at = max(int(np.searchsorted(distinct, limit)), 1)
+    return float(distinct[at - 1 : at + 1].mean())
+
+
+def reference(training: Sample, scores: Floats) -> Reference:
+    """What monitoring and explanations compare with: small numbers about the training rows, no row of them.
+
+    The limits between tenths of the scores lie between two scores each.
+    """
+    rows, numbers = training.rows, training.rows[[*NUMBERS]]
+    categories = rows[CATEGORY].value_counts()
+    ordinary = numbers.quantile(0.5, interpolation="lower").to_dict() | {CATEGORY: categories.index[0]}
+    tenths = np.quantile(scores, np.arange(1, 10) / 10, method="inverted_cdf")
+    limits = [between(float(np.nextafter(tenth, 1)), scores) for tenth in tenths]
+    counts = np.bincount(np.searchsorted(limits, scores), minlength=10)
+    return Reference(
+        score_deciles=limits,
+        score_shares=(counts / len(scores)).tolist(),
+        ranges={name: (float(numbers[name].min()), float(numbers[name].max())) for name in NUMBERS},
+        categories=sorted(categories.index[:MOST_CATEGORIES]),
+        transaction=Features(**ordinary),
+    )

@@ -1,0 +1,169 @@
+"""Versions of the model in the MLflow registry: made, found, compared with, promoted and rolled back."""
+
+import shutil
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import msgspec
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
+from sklearn.pipeline import Pipeline
+
+from config import Config
+from data import FEWEST_IN_PART, DataError, Sample, Split
+from model import SIGNATURE, Golden, Metadata, Model, ModelError, Reference, fetch, load, new_folder
+from report import CHAMPION, Rule
+
+PREVIOUS = "previous"
+# What skops asks to trust in a pipeline of HistGradientBoosting.
+SKOPS_TYPES = [
+    "functools.partial",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+    "sklearn.utils.validation.check_array",
+]
+GOLDEN_ROWS = 8
+EVERY = 5  # seconds between signs of life
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+@contextmanager
+def still(doing: str) -> Iterator[None]:
+    """Say every few seconds what is being done and for how long."""
+    done, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(EVERY):
+            say(f"still {doing}, {time.monotonic() - started:.0f} s")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def use_experiment(name: str, tracking_uri: str) -> None:
+    """Log to the experiment `name`; with a local database, keep the artifacts beside it."""
+    if tracking_uri.startswith("sqlite:///"):
+        database = Path(tracking_uri.removeprefix("sqlite:///")).absolute()
+        folder = database.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not database.exists():  # made aside and moved: MLflow cannot go on with one that it was stopped in making
+            MlflowClient(f"sqlite:///{database}.new").search_experiments()
+            Path(f"{database}.new").rename(database)
+        if mlflow.get_experiment_by_name(name) is None:
+            mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
+    mlflow.set_experiment(name)
+
+
+def aliases(name: str) -> dict[str, str]:
+    """The aliases of a registered model and their version numbers; {} where there is no such model."""
+    found = MlflowClient().search_registered_models(f"name='{name}'")
+    return {alias: str(number) for model in found for alias, number in model.aliases.items()}
+
+
+def metadata(
+    model: Pipeline, rows: pd.DataFrame, rule: Rule | float, measured: Any = None, numbers: Reference | None = None
+) -> Metadata:
+    """What goes with a model: also a handful of rows, from the least to the most suspicious, with their scores."""
+    rule, scores = rule if isinstance(rule, Rule) else Rule("threshold", rule), model.predict_proba(rows)[:, 1]
+    chosen = np.argsort(scores)[np.linspace(0, len(scores) - 1, GOLDEN_ROWS).astype(int)]
+    golden = [Golden(**rows.iloc[index].to_dict(), fraud_probability=float(scores[index])) for index in chosen]
+    return Metadata(**{rule.by: rule.limit}, golden=golden, metrics=measured or {}, reference=numbers)
+
+
+def register(
+    model: Pipeline, travelling: Metadata, name: str, tags: dict[str, str] | None = None, description: str = ""
+) -> str:
+    """Log a model with all that the service asks of it and register it; return its version number."""
+    logged = mlflow.sklearn.log_model(
+        model,
+        name="model",
+        signature=ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE])),
+        metadata=msgspec.to_builtins(travelling),
+        pyfunc_predict_fn="predict_proba",
+        serialization_format="skops",
+        skops_trusted_types=SKOPS_TYPES,
+        pip_requirements=mlflow.sklearn.get_default_pip_requirements(include_skops=True),  # guessing them takes seconds
+    )
+    version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
+    MlflowClient().update_model_version(name, version, description)
+    return version
+
+
+def promote(name: str, version: str, champion: str | None) -> None:
+    """Move the alias from the champion that the version was compared with. Raises `ModelError` if it has moved."""
+    now = aliases(name).get(CHAMPION)
+    if now != champion:
+        raise ModelError(f"version {version} is not promoted: the champion is version {now} by now, not {champion}")
+    if champion:
+        MlflowClient().set_registered_model_alias(name, PREVIOUS, champion)
+    MlflowClient().set_registered_model_alias(name, CHAMPION, version)
+    say(f"{name}: champion is version {version}" + (f", previous is version {champion}" if champion else ""))
+
+
+def rollback(name: str) -> int:
+    """Exchange champion and previous; gives the exit status. Raises `ModelError` if there are not both."""
+    found = aliases(name)
+    if not {CHAMPION, PREVIOUS} <= {*found}:
+        raise ModelError(f"{name} has no version to roll back to: its aliases are {found or 'none'}")
+    MlflowClient().set_registered_model_alias(name, CHAMPION, found[PREVIOUS])
+    MlflowClient().set_registered_model_alias(name, PREVIOUS, found[CHAMPION])
+    say(f"{name}: champion is version {found[PREVIOUS]} again, previous is version {found[CHAMPION]}")
+    return 0
+
+
+def as_served(name: str, number: str, config: Config) -> Model:
+    """A version, fetched, checked and loaded as the service does it. Raises `ModelError`."""
+    wanted = replace(config, model_sha256=None, fraud_threshold=None)
+    folder = new_folder(config.memory_dir)
+    try:
+        return load(fetch(wanted, folder / number, name, number, None), wanted)
+    finally:
+        shutil.rmtree(folder)
+
+
+def champion_of(
+    options: Namespace, config: Config, sample: Sample, held_out: Sample
+) -> tuple[str | None, Model | None, Sample]:
+    """The champion's number; itself, if it can be compared with; rows that neither has seen. Raises `ModelError`."""
+    number = aliases(options.name).get(CHAMPION)
+    if number is None:
+        return None, None, held_out
+    try:
+        if not (tag := MlflowClient().get_model_version(options.name, number).tags.get("split")):
+            raise DataError("it has no record of the rows it was trained on (tag split)")
+        unseen = sample.take(msgspec.json.decode(tag, type=Split).unseen(sample))
+        both = held_out.take(held_out.rows.index.isin(unseen.rows.index))
+        if both.labels.sum() < FEWEST_IN_PART:
+            raise DataError(f"of {len(both):,} rows that neither has seen {both.labels.sum()} are fraud")
+        say(f"comparing with version {number} on {len(both):,} of {len(held_out):,} rows held out, unseen by both")
+        return number, as_served(options.name, number, config), both
+    except (ModelError, DataError) as error:
+        why = f"version {number}, the champion, cannot be compared with: {error}"
+        if options.promote == "if-better":
+            raise ModelError(f"{why}; see --promote") from None
+        say(why)
+        return number, None, held_out
+
+
+def check_release(options: Namespace) -> None:
+    """A release is one version, for predictions are signed with it. Raises `ModelError`."""
+    for version in MlflowClient().search_model_versions(f"name='{options.name}'") if options.release else ():
+        if version.tags.get("release") == options.release:
+            raise ModelError(f"release {options.release} is version {version.version} of {options.name} already")
