@@ -70,7 +70,7 @@ import pandas as pd
 from msgspec import Meta
 
 from data import CSV, FEWEST_IN_PART, ID, LABEL, RULES, DataError, Sample, _keeps, _typed
-from model import FIELDS, Model
+from model import FIELDS, Model, ModelError
 from report import INTERVAL, Scored, bootstrap, readable, short
 from train import RESAMPLES
 from versions import as_served
@@ -224,15 +224,14 @@ def load_version(name: str, number: str, sha256: str, config: Config) -> Model |
     """A version as the service loads it, or a sentence that says why there is none."""
     try:
         model = as_served(name, number, config)
+        if not model.snapshot.sha256.startswith(sha256):
+            raise ModelError(
+                f"its SHA-256 begins with {model.snapshot.sha256[: len(sha256)]}, not {sha256} as on record"
+            )
+        return model
     except Exception as error:  # MLflow's, skops' and scikit-learn's exceptions have no common type
-        return config.mask(str(error).partition("\n")[0] or repr(error))
-    found = model.snapshot.sha256[: len(sha256)]
-    return model if found == sha256 else f"the SHA-256 of its files begins with {found}: it is another model"
-
-
-def printed(version: Version) -> str:
-    name, number, release, sha256 = version
-    return f"{printable(name)} version {number} ({printable(release)}, SHA-256 {sha256})"
+        why = config.mask(str(error).partition("\n")[0] or repr(error))
+        return f"{printable(name)} version {number}: {why}"
 
 
 def printable(text: str) -> str:
@@ -258,7 +257,7 @@ class Replay:
             for version, rows in self.join(lines).items():
                 model = self.model(version)
                 if isinstance(model, str):
-                    self.failed[f"{printed(version)}: {model}"] += len(rows)
+                    self.failed[model] += len(rows)
                 elif rows:
                     self.decide(version, rows, model)
 
@@ -308,7 +307,9 @@ class Replay:
         other = ~(np.abs(new - old) <= TOLERANCE)
         after = np.where(other, new, old) >= limits
         weeks = [each.time.date() - timedelta(each.time.weekday()) for each in decisions]
-        values = [repeat(printed(version)), numbers, places, map(str, weeks), columns[0], labels]
+        name, number, release, sha256 = map(printable, version)
+        names = repeat(f"{name} version {number} ({release}, SHA-256 {sha256})")
+        values = [names, numbers, places, map(str, weeks), columns[0], labels]
         values += [each.tolist() for each in (old, before, new, after)]
         texts = repeat(None) if self.instead else self.differences(rows, other, new, after)
         insert = "INSERT INTO decided VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -341,19 +342,20 @@ def conclude(replay: Replay) -> int:
         raise DataError(f"{options.decisions} has no decision about a transaction in {options.data}")
     without = replay.decisions - compared - lost
     print(f"{options.decisions}: {replay.decisions:,} decisions, {without:,} without data, {repeated:,} repeated")
-    verdict = f"EQUAL: {compared:,} decisions, to {TOLERANCE:g}"
+    verdict = "nothing was compared"
     if replay.instead and compared:
         verdict = f"written: {compare(replay.database, options, replay.instead)}.md and .csv"
     elif compared:
         audit(replay.database)
+        verdict = f"EQUAL: {compared:,} decisions, to {TOLERANCE:g}"
     if different:
         verdict = f"DIFFERENT: {different:,} of {compared:,} decisions"
     for why, count in replay.failed.items():
         print(f"{why}; {count:,} decisions are not computed again")
     if replay.unreadable:
-        print(f"{replay.unreadable:,} decisions cannot be read; {replay.first}")
+        print(f"{replay.unreadable:,} of its lines cannot be read as a decision; {replay.first}")
     incomplete = replay.failed or replay.unreadable
-    print(f"INCOMPLETE; of the others {verdict}" if incomplete else verdict)
+    print(f"INCOMPLETE; {verdict}" if incomplete else verdict)
     return 1 if incomplete else DIFFERENT if different else 0
 
 

@@ -1,15 +1,18 @@
 """Decisions on record are computed again; what differs is found and named."""
 
+import dataclasses
 import gzip
 import hmac
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,8 +20,9 @@ from mlflow import MlflowClient
 
 import replay
 from conftest import HERE, NAME, Process, config
-from data import DataError, generate
+from data import DataError, Sample, generate
 from model import FIELDS, Model
+from report import Scored, bootstrap, short
 from versions import as_served
 
 ROWS = 4000
@@ -54,7 +58,7 @@ def run(
         Path("log.ndjson").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
         table.to_csv("data.csv", index=False)
         options = replay.arguments(["--decisions", "log.ndjson", "--data", "data.csv", *words])
-        status = replay.run(options, config(mlflow_tracking_uri=champion, **variables), key)
+        status = replay.run(options, config(**{"mlflow_tracking_uri": champion} | variables), key)
         return status, capsys.readouterr().out.splitlines()
 
     yield run
@@ -67,7 +71,7 @@ def digest(values: list[Any]) -> str:
 
 
 def record(model: Model, rows: range, digests: bool = False, release: str = "v1.2.3") -> Lines:
-    """The lines of some rows, the even ones asked for one by one, the odd ones in a batch; one row a minute."""
+    """The lines of some rows, the even ones asked for one by one, the odd ones in a batch; one row in three minutes."""
     scores = model.scorer([*zip(*(VALUES[row] for row in rows), strict=True)]).tolist()
     lines = []
     for row, score in zip(rows, scores, strict=True):
@@ -75,7 +79,7 @@ def record(model: Model, rows: range, digests: bool = False, release: str = "v1.
         if row % 2:
             kind = {"logger": "decision", "index": row}
         threshold = model.threshold_for(VALUES[row][0])
-        line = {"time": (START + timedelta(minutes=row)).isoformat().replace("+00:00", "Z"), "level": "info"} | kind
+        line = {"time": (START + timedelta(minutes=3 * row)).isoformat().replace("+00:00", "Z"), "level": "info"} | kind
         line |= {"request_id": f"r-{row}", "transaction_id": f"tx_{row}", "fraud_probability": score}
         line |= {"is_fraud": score >= threshold, "threshold": threshold, "model_name": NAME}
         line |= {"registry_version": model.snapshot.number, "model_version": release, "client": "payments"}
@@ -233,9 +237,9 @@ def test_another_model_under_the_number(run: Run, models: dict[str, Model], seco
         [
             "log.ndjson: 15 decisions, 0 without data, 0 repeated",
             f"{named(models['1'])}: 10 decisions, largest difference 0.0e+00, 0 decided otherwise",
-            f"{NAME} version {second} (v2, SHA-256 0123456789ab): the SHA-256 of its files begins with "
-            f"{models[second].snapshot.sha256[:12]}: it is another model; 5 decisions are not computed again",
-            "INCOMPLETE; of the others EQUAL: 10 decisions, to 1e-09",
+            f"{NAME} version {second}: its SHA-256 begins with {models[second].snapshot.sha256[:12]}, "
+            "not 0123456789ab as on record; 5 decisions are not computed again",
+            "INCOMPLETE; EQUAL: 10 decisions, to 1e-09",
         ],
     )
 
@@ -259,17 +263,15 @@ def test_re_registered_model(run: Run, champion: str, models: dict[str, Model]) 
     lines = [line | {"registry_version": number} for line in record(models["1"], range(10))]
     status, printed = run(lines)
     assert status == 1
-    assert printed[1].startswith(
-        f"{NAME} version {number} (v1.2.3, SHA-256 {models['1'].snapshot.sha256[:12]}): the SHA-256 of its files begins"
-    )
+    assert printed[1].startswith(f"{NAME} version {number}: its SHA-256 begins with ")
     MlflowClient(champion).delete_model_version(NAME, number)
     assert run(lines) == (
         1,
         [
             "log.ndjson: 10 decisions, 0 without data, 0 repeated",
-            f"{NAME} version {number} (v1.2.3, SHA-256 {models['1'].snapshot.sha256[:12]}): RESOURCE_DOES_NOT_EXIST: "
+            f"{NAME} version {number}: RESOURCE_DOES_NOT_EXIST: "
             f"Model Version (name={NAME}, version={number}) not found; 10 decisions are not computed again",
-            "INCOMPLETE; of the others EQUAL: 0 decisions, to 1e-09",
+            "INCOMPLETE; nothing was compared",
         ],
     )
 
@@ -283,8 +285,8 @@ def test_lines_that_are_no_decisions(run: Run, models: dict[str, Model]) -> None
         [
             "log.ndjson: 9 decisions, 0 without data, 0 repeated",
             f"{named(models['1'])}: 9 decisions, largest difference 0.0e+00, 0 decided otherwise",
-            "1 decisions cannot be read; line 5: Object missing required field `threshold`",
-            "INCOMPLETE; of the others EQUAL: 9 decisions, to 1e-09",
+            "1 of its lines cannot be read as a decision; line 5: Object missing required field `threshold`",
+            "INCOMPLETE; EQUAL: 9 decisions, to 1e-09",
         ],
     )
 
@@ -317,26 +319,39 @@ def test_wrong_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> 
 
 # -- what another version or threshold would do ------------------------------------------------------------------------
 
+ALL, FIRST, LAST = range(ROWS), range(2400), range(2400, ROWS)  # 2,400 decisions are of the first week
 
-def changes(model: Model, threshold: float | None, old: Model, rows: slice) -> dict[str, float]:
-    """What the comparison has to find, counted in another way."""
-    columns = [*zip(*VALUES[rows], strict=True)]
-    amounts = np.array(columns[0])
-    before = old.scorer(columns) >= [old.threshold_for(amount) for amount in amounts]
-    limits = [model.threshold_for(amount) for amount in amounts] if threshold is None else threshold
-    after = model.scorer(columns) >= limits
-    instead = [int((after & ~before).sum()), int((before & ~after).sum())]
-    return {
-        "Decisions": len(amounts),
-        "Alerts on record": int(before.sum()),
-        "Alerts with": int(after.sum()),
-        "Newly flagged": instead[0],
-        "Amount newly flagged": amounts[after & ~before].sum(),
-        "No longer flagged": instead[1],
-        "Amount no longer flagged": amounts[before & ~after].sum(),
-        "Alert rate on record": before.mean(),
-        "Alert rate with": after.mean(),
-    }
+
+def expected(old: Model, new: Model | None, threshold: float | None, rows: range, labelled: bool) -> list[list[float]]:
+    """The figures of the comparison, each with the ends of its interval, computed in another way."""
+    columns = [*zip(*(VALUES[row] for row in rows), strict=True)]
+    amounts, scores = np.array(columns[0]), [model.scorer(columns) for model in (old, new or old)]
+    before = scores[0] >= [old.threshold_for(amount) for amount in amounts]
+    after = scores[1] >= (threshold or [(new or old).threshold_for(amount) for amount in amounts])
+    more, fewer = after & ~before, before & ~after
+    sums = [len(amounts), before.sum(), after.sum()]
+    sums += [more.sum(), amounts[more].sum(), fewer.sum(), amounts[fewer].sum(), before.mean(), after.mean()]
+    figures = [[value, np.nan, np.nan] for value in sums]
+    if labelled:
+        sample = Sample(SAMPLE.rows.iloc[rows], SAMPLE.labels[rows])
+        models = [Scored("old", scores[0], before), Scored("new", scores[1], after)]
+        rounds = bootstrap(models, sample, Namespace(cost_missed=None, cost_review=5.0), 100)
+        for name in ("average_precision", "recall", "precision", "cost"):
+            for each in rounds.values():
+                figures.append([each[name][0], *each[name][1:].quantile([0.05, 0.95])])
+    return figures
+
+
+def names(what: str, labelled: bool) -> list[str]:
+    """What the figures are called."""
+    counts = ["Decisions", "Alerts on record", f"Alerts with {what}", "Newly flagged", "Amount newly flagged"]
+    counts += ["No longer flagged", "Amount no longer flagged", "Alert rate on record", f"Alert rate with {what}"]
+    measures = ["Average precision", "Recall", "Precision", "Cost per 1,000 transactions"] if labelled else []
+    return counts + [f"{name} {end}" for name in measures for end in ("on record", f"with {what}")]
+
+
+def cell(value: float, low: float, high: float) -> str:
+    return short(value) if np.isnan(low) else f"{short(value)} [{short(low)}, {short(high)}]"
 
 
 @pytest.mark.parametrize("threshold", [None, 0.03])
@@ -345,16 +360,101 @@ def test_another_version(run: Run, models: dict[str, Model], second: str, thresh
     words, what = ["--version", second], f"version {second}"
     if threshold:
         words, what = [*words, "--threshold", str(threshold)], f"{what}, threshold {threshold}"
-    status, printed = run(record(models["1"], range(ROWS)), *words, "--output", "found", table=LABELLED)
-    name = f"found/log-{what.replace(', ', '-').replace(' ', '-')}"
-    assert status == 0
-    assert printed[0] == "log.ndjson: 4,000 decisions, 0 without data, 0 repeated"
-    assert printed[2] == "|  | all | week of 2026-11-16 |"
-    assert printed[-1] == f"written: {name}.md and .csv"
+    status, printed = run(record(models["1"], ALL), *words, "--output", "found", table=LABELLED)
+    periods = {"all": ALL, "week of 2026-11-16": FIRST, "week of 2026-11-23": LAST}
+    columns = {period: expected(models["1"], models[second], threshold, rows, True) for period, rows in periods.items()}
+    table = [
+        f"|  | {' | '.join(periods)} |",
+        "| --- | --: | --: | --: |",
+        *(
+            f"| {name} | {' | '.join(cell(*column[place]) for column in columns.values())} |"
+            for place, name in enumerate(names(what, True))
+        ),
+        "",
+        "[ ]: 5 % to 95 % of 100 resamples of 4,000 decisions",
+    ]
+    path = f"found/log-{what.replace(', ', '-').replace(' ', '-')}"
+    assert (status, printed) == (
+        0,
+        ["log.ndjson: 4,000 decisions, 0 without data, 0 repeated", "", *table, "", f"written: {path}.md and .csv"],
+    )
+    assert Path(f"{path}.md").read_text().splitlines() == [f"# log.ndjson with {what}", "", *table]
+    written = pd.read_csv(f"{path}.csv")
+    assert [*written] == ["period", "figure", "value", "low", "high"]
+    assert [*written["period"]] == [period for period in periods for _ in names(what, True)]
+    assert [*written["figure"]] == names(what, True) * 3
+    values = [figure for column in columns.values() for figure in column]
+    np.testing.assert_allclose(written[["value", "low", "high"]], values, rtol=1e-12)
 
 
-def test_another_threshold(run: Run, models: dict[str, Model], champion: str) -> None:
-    """The probabilities are those on record: no model is loaded."""
+def test_another_threshold(run: Run, models: dict[str, Model]) -> None:
+    """The probabilities are those on record, and no model is loaded; written beside the record."""
     lines = record(models["1"], range(1000))
-    status, printed = run(lines, "--threshold", "0.05", mlflow_tracking_uri="http://127.0.0.1:9")
-    assert (status, printed) == (0, [])
+    figures = expected(models["1"], None, 0.05, range(1000), False)
+    assert figures[3][0] + figures[5][0] > 0
+    assert run(lines, "--threshold", "0.05", mlflow_tracking_uri="http://127.0.0.1:9") == (
+        0,
+        [
+            "log.ndjson: 1,000 decisions, 0 without data, 0 repeated",
+            "",
+            "|  | all |",
+            "| --- | --: |",
+            *(f"| {n} | {short(f[0])} |" for n, f in zip(names("threshold 0.05", False), figures, strict=True)),
+            "",
+            "written: log-threshold-0.05.md and .csv",
+        ],
+    )
+    assert Path("log-threshold-0.05.csv").exists()
+
+
+def test_too_few_frauds(run: Run, models: dict[str, Model]) -> None:
+    status, printed = run(record(models["1"], range(100)), "--threshold", "0.05", table=LABELLED)
+    assert status == 0
+    assert printed[13:] == [
+        *(f"| {name} | too few |" for name in names("threshold 0.05", True)[9:]),
+        "",
+        "[ ]: 5 % to 95 % of 100 resamples of 100 decisions",
+        "",
+        "written: log-threshold-0.05.md and .csv",
+    ]
+
+
+def test_expected_cost(run: Run, models: dict[str, Model]) -> None:
+    """A version that decides by expected cost has a threshold for each row; it is the one on record."""
+    by_cost = dataclasses.replace(
+        models["1"], metadata=msgspec.structs.replace(models["1"].metadata, threshold=None, review_cost=5.0)
+    )
+    lines = record(by_cost, range(1000))
+    assert len({line["threshold"] for line in lines}) > 100
+    status, printed = run(lines)
+    assert (status, printed[-1]) == (0, "EQUAL: 1,000 decisions, to 1e-09")
+
+
+def test_version_that_is_not_there(run: Run, models: dict[str, Model]) -> None:
+    assert run(record(models["1"], range(10)), "--version", "99") == (
+        1,
+        [
+            "log.ndjson: 10 decisions, 0 without data, 0 repeated",
+            f"{NAME} version 99: RESOURCE_DOES_NOT_EXIST: Model Version (name={NAME}, version=99) not found; "
+            "10 decisions are not computed again",
+            "INCOMPLETE; nothing was compared",
+        ],
+    )
+
+
+# -- long files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("terminal", "expected"),
+    [(False, "reading: 50%\n" * 2), (True, f"\r[{'#' * 20:40}]  50% reading" * 2 + "\r\x1b[K")],
+)
+def test_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool, expected: str
+) -> None:
+    """A bar on a terminal, else a line every five seconds."""
+    clock = iter([0.0, 1.0, 7.0, 7.0, 13.0, 13.0] if not terminal else [0.0, 0.1, 0.3, 0.3, 0.6, 0.6])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(replay.time, "monotonic", lambda: next(clock))
+    assert [*replay.with_progress("reading", "abc", lambda: 0.5)] == ["a", "b", "c"]
+    assert capsys.readouterr().err == expected
