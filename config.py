@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import quote_plus
 
 MASK = "***"
-SECRET = re.compile("(MLFLOW|AWS)_.*(KEY|PASSWORD|SECRET|TOKEN|USERNAME)")
+SECRETS = {"API_KEYS", "RECORD_KEY"}
+LIBRARY_SECRET = re.compile("(MLFLOW|AWS)_.*(KEY|PASSWORD|SECRET|TOKEN|USERNAME).*")
 LOOPBACK_ONLY = "a loopback address, unless API_KEYS or ALLOW_ANONYMOUS=true is set"
 KEY = r"([A-Za-z0-9-]+:)?[\w.~+/-]+=*"  # an optional name, and a bearer token (RFC 6750, section 2.1)
 
@@ -95,6 +96,8 @@ class Config:
     max_line_bytes: int = _variable(_whole(1024, 2**20), "65536")
     api_keys: tuple[tuple[str, str], ...] = _variable(_keys)
     allow_anonymous: bool = _variable(_switch, "false")
+    log_decisions: bool = _variable(_switch, "false")
+    record_key: str | None = _variable(_rule("at least 16 characters", ".{16,}"))
     host: str = _variable(_address, "127.0.0.1")
     port: int = _variable(_whole(1, 65535), "8000")
     web_concurrency: int = _variable(_whole(1, 256), "2")
@@ -119,11 +122,14 @@ class Config:
             try:
                 values[item.name] = item.metadata["parse"](text or "") if text != "" else None
             except ValueError as expected:
-                shown = MASK if item.name == "api_keys" else without_credentials(repr(text))
+                shown = MASK if name in SECRETS else without_credentials(repr(text))
                 problems.append(f"{name} {'is not set' if text is None else f'is {shown}'}, expected {expected}")
         if not problems:
-            secrets = [value for name, value in environ.items() if value and SECRET.fullmatch(name)]
-            config = cls(**values, secrets=(*secrets, *(key for _, key in values["api_keys"] or ())))
+            secrets = [value for name, value in environ.items() if value and LIBRARY_SECRET.fullmatch(name)]
+            secrets += [key for _, key in values["api_keys"] or ()] + [values["record_key"]] * bool(
+                values["record_key"]
+            )
+            config = cls(**values, secrets=tuple(secrets))
             problems = config._contradictions()
         if problems:
             raise ConfigError("bad configuration: " + "; ".join(problems))
@@ -153,7 +159,10 @@ class Config:
 
     def __repr__(self) -> str:
         shown = {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
-        shown["api_keys"] = [f"{name}:{MASK}" for name, _ in self.api_keys or ()]
+        shown |= {
+            "api_keys": [f"{name}:{MASK}" for name, _ in self.api_keys or ()],
+            "record_key": self.record_key and MASK,
+        }
         return without_credentials(" ".join(f"{name.upper()}={value!r}" for name, value in shown.items()))
 
 

@@ -2,22 +2,20 @@
 
 import errno
 import hmac
-import json
 import logging
 import re
 import sys
 import threading
-import time
 import traceback
-from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
 from random import getrandbits
-from typing import Any
+from typing import Any, cast
 
 import falcon
 import msgspec
@@ -25,7 +23,7 @@ from msgspec import UNSET, UnsetType
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from config import Config
-from model import Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, load
+from model import Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, load, record_digest, values_of
 from telemetry import RECORD, ROUTE, Metrics, ScoreRecorder
 
 log = logging.getLogger("gunicorn.error")
@@ -35,7 +33,8 @@ JSON = "application/json"
 NDJSON = "application/x-ndjson"
 PROBLEM = "application/problem+json"
 HERE = Path(__file__).parent
-INLINE = re.compile(rb"<(style|script)>(.*?)</", re.S)
+OK = b'{"status":"ok"}'
+SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 # A stream is read in pieces that grow from the first size to the last, so that the first answers come at once.
 FIRST_READ, LAST_READ = 2**10, 2**17
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -45,15 +44,19 @@ HALF_PAIR = re.compile(rb"(\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(?!u[dD][89a-fA-
 MALFORMED = (msgspec.DecodeError, ValueError, RecursionError)
 READ = "fraud_api.read"  # in the WSGI environment: whether the body has been read, or is being read as a stream
 
-# Set by `gunicorn.conf.py` for the workers: the snapshot to serve, whether the service is stopping (a byte in shared
-# memory), the metrics of all processes, and a function that closes the connection after the answer.
-snapshot: Snapshot | None = None
-stopping: Sequence[int] = b"\0"
-metrics: Metrics | None = None
+
+@dataclass
+class Process:
+    """What the process lends to the application. `gunicorn.conf.py` fills it in; the defaults do for tests."""
+
+    snapshot: Snapshot | None = None
+    stopping: MutableSequence[int] = field(default_factory=lambda: bytearray(1))  # shared by all processes
+    metrics: Metrics = field(default_factory=Metrics)
+    log_line: Callable[[dict[str, Any]], None] = lambda line: None
+    close_connection: Callable[[], None] = lambda: None  # after the answer
 
 
-def close_connection() -> None:
-    """Without gunicorn there is nothing to close."""
+process = Process()
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
@@ -94,12 +97,6 @@ class Predictions(msgspec.Struct, frozen=True):
     errors: list[Problem]
 
 
-class Status(msgspec.Struct, frozen=True):
-    """The answer of a probe."""
-
-    status: str = "ok"
-
-
 class Identified(msgspec.Struct, frozen=True):
     """As much of a bad row as it takes to name it."""
 
@@ -119,8 +116,8 @@ RULES = {"transactions": "a list of transactions"} | {name: rule["description"] 
 def problem(status: int, detail: str | UnsetType = UNSET, **more: Any) -> Problem:
     """A problem with the title of its status; a detail of `<field>: <rule>` gives its field."""
     title = falcon.code_to_http_status(status).partition(" ")[2]
-    field = detail.partition(":")[0] if detail and ":" in detail else UNSET
-    return Problem(title=title, status=status, detail=detail, field=field, **more)
+    name = detail.partition(":")[0] if detail and ":" in detail else UNSET
+    return Problem(title=title, status=status, detail=detail, field=name, **more)
 
 
 # -- bytes → transactions ----------------------------------------------------------------------------------------------
@@ -158,7 +155,7 @@ def decode_rows(rows: Sequence[Any], first: int = 0, longest: int = sys.maxsize)
 def decode_row(row: Any, index: int, longest: int) -> Transaction | Problem:
     if len(row) > longest:
         return problem(413, f"more than {longest} bytes", index=index)
-    found = decode(decode_transaction, row)
+    found: Transaction | Problem = decode(decode_transaction, row)
     if isinstance(found, Transaction):
         return found
     identified = decode(msgspec.json.Decoder(Identified).decode, row)
@@ -215,12 +212,20 @@ def read_lines(stream: Any, longest: int) -> Iterator[list[bytes]]:
 class Predictor:
     """Turns transactions into predictions, and counts them."""
 
-    def __init__(self, model: Model, metrics: Metrics) -> None:
-        self.model, self.recorder = model, ScoreRecorder(model.metadata.reference, metrics)
+    def __init__(self, config: Config, model: Model, process: Process) -> None:
+        self.model, self.recorder = model, ScoreRecorder(model.metadata.reference, process.metrics)
+        self.log_line, self.log_decisions = process.log_line, config.log_decisions
+        self.record_key = (config.record_key or "").encode()
+        snapshot = model.snapshot
+        self.identity = {
+            "model_name": snapshot.name,
+            "registry_version": snapshot.number,
+            "sha256": snapshot.sha256[:12],
+        }
 
     def __call__(self, rows: Sequence[Transaction], explain: bool = False) -> list[Prediction]:
         """Score transactions in one call; predictions come in the same order."""
-        columns, explanations = columns_of(rows), repeat(UNSET)
+        columns, explanations = columns_of(rows), cast(Iterable[Any], repeat(UNSET))
         if explain:
             probabilities, explanations = self.model.explain(columns)
         else:
@@ -241,9 +246,31 @@ class Predictor:
         predictions = self(transactions, explain) if transactions else []
         invalid, fraud = len(rows) - len(predictions), sum(prediction.is_fraud for prediction in predictions)
         self.recorder.invalid(invalid)
+        if self.log_decisions:
+            self.log(rows, predictions, record)
         for name, count in (("rows", len(rows)), ("fraud", fraud), ("invalid", invalid)):
             record[name] = record.get(name, 0) + count
         return predictions
+
+    def decision(self, row: Transaction, prediction: Prediction) -> dict[str, Any]:
+        """What goes on record: enough to find the decision and to compute it again from the same transaction."""
+        found = {
+            "transaction_id": prediction.transaction_id,
+            "is_fraud": prediction.is_fraud,
+            "fraud_probability": prediction.fraud_probability,
+            "threshold": self.model.threshold_for(row.amount),
+            **self.identity,
+        }
+        return found | {"digest": record_digest(self.record_key, values_of(row))} if self.record_key else found
+
+    def log(self, rows: Sequence[Transaction | Problem], predictions: Sequence[Prediction], record: Any) -> None:
+        """A line for every decision in a batch. Called before the rows are added to the counts in the record."""
+        head = {"time": datetime.now(UTC), "level": "info", "logger": "decision", "request_id": record["request_id"]}
+        head |= {"model_version": record["model_version"], "client": record["client"]}
+        following = iter(predictions)
+        for index, row in enumerate(rows, record.get("rows", 0)):
+            if isinstance(row, Transaction):
+                self.log_line({**head, "index": index, **self.decision(row, next(following))})
 
     def asked_to_explain(self, req: falcon.Request) -> bool:
         asked = req.get_param("explain", default="false") if req.query_string else "false"
@@ -270,9 +297,7 @@ class Predict:
             send(req, resp, transaction)
             return
         [prediction] = self.predictor([transaction], explain)
-        record = req.env[RECORD]
-        record["transaction_id"], record["is_fraud"] = prediction.transaction_id, prediction.is_fraud
-        record["fraud_probability"] = prediction.fraud_probability
+        req.env[RECORD] |= self.predictor.decision(transaction, prediction)
         resp.data = encode(prediction)
 
 
@@ -328,101 +353,39 @@ class PredictBatch:
             raise ConnectionResetError(errno.ECONNRESET, "the stream failed") from None  # gunicorn closes it quietly
 
 
-class Open:
-    """A resource that needs no key. It answers HEAD as GET; gunicorn leaves out the body."""
+class Get:
+    """A resource that needs no key. HEAD is answered like GET; gunicorn leaves out the body."""
 
     open = True
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        raise NotImplementedError
-
-    def on_head(self, req: falcon.Request, resp: falcon.Response) -> None:
-        self.on_get(req, resp)
-
-
-class Health(Open):
-    """`GET /health`: what is served. Without a key, no more than its name and version."""
-
-    def __init__(self, model: Model, keys: "Keys") -> None:
-        self.model, self.keys, self.started = model, keys, time.monotonic()
+    def __init__(self, render: Callable[[falcon.Request], bytes], media_type: str = JSON) -> None:
+        self.render, self.media_type = render, media_type
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        facts = {"status": "ok", **self.model.facts(), "uptime_seconds": round(time.monotonic() - self.started, 3)}
-        if self.keys.client(req.auth) is None:
-            facts = {name: facts[name] for name in ("status", "model_name", "model_version")}
-        resp.data = encode(facts)
+        resp.content_type, resp.data = self.media_type, self.render(req)
+        resp.set_headers(SAFE)
+
+    on_head = on_get
 
 
-class Live(Open):
-    """`GET /health/live` touches nothing."""
+class Probes:
+    """What `/health` and `/health/ready` answer."""
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.data = encode(Status())
+    def __init__(self, model: Model, keys: "Keys", stopping: Sequence[int]) -> None:
+        self.model, self.keys, self.stopping = model, keys, stopping
 
+    def health(self, req: falcon.Request) -> bytes:
+        """What is served. Without a key, no more than its name and version."""
+        facts = {"status": "ok", **self.model.facts()}
+        known = self.keys.client(req.auth) is not None
+        return encode(facts if known else {name: facts[name] for name in ("status", "model_name", "model_version")})
 
-class Ready(Open):
-    """`GET /health/ready` scores a row."""
-
-    def __init__(self, model: Model, stopping: Sequence[int]) -> None:
-        self.model, self.stopping = model, stopping
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def ready(self, req: falcon.Request) -> bytes:
+        """Whether this worker can score: it scores a row."""
         if self.stopping[0]:
             raise falcon.HTTPServiceUnavailable(description="the service is stopping")
-        try:
-            self.model.score(self.model.metadata.golden[:1])
-        except Exception:
-            log.exception("the model does not score")
-            raise falcon.HTTPServiceUnavailable(description="this worker cannot score") from None
-        resp.data = encode(Status())
-
-
-class Scrape(Open):
-    """`GET /metrics`"""
-
-    def __init__(self, model: Model, metrics: Metrics) -> None:
-        self.model, self.metrics = model, metrics
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.content_type, resp.data = CONTENT_TYPE_PLAIN_0_0_4, self.metrics.text(self.model)
-
-
-class Document(Open):
-    """`GET /`, `/openapi.json`, `/version`: what is the same as long as the worker lives."""
-
-    def __init__(self, body: bytes, media_type: str, **headers: str) -> None:
-        self.body, self.media_type = body, media_type
-        self.headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"} | headers
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.content_type, resp.data = self.media_type, self.body
-        resp.set_headers(self.headers)
-
-
-def policy(page: bytes) -> str:
-    """Let a page run its own script, have its own style and ask this service, and nothing else (W3C CSP, level 3)."""
-    digests = {tag: b64encode(sha256(text).digest()).decode() for tag, text in re.findall(INLINE, page)}
-    own = "; ".join(f"{tag.decode()}-src 'sha256-{digest}'" for tag, digest in digests.items())
-    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return f"default-src 'none'; {own}; {rest}"
-
-
-def openapi(config: Config) -> bytes:
-    """OpenAPI 3.1: paths as in openapi.json, and the schemas that requests and answers are made with."""
-    document = json.loads(HERE.joinpath("openapi.json").read_bytes())
-    types = (Transaction, Batch, Prediction, Predictions, Problem, Status)
-    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    document["components"]["schemas"] = schemas
-    for path in ("/predict", "/predict/batch"):
-        document["paths"][path]["post"]["security"] = [{"key": []}] if config.api_keys else []
-    return encode(document)
-
-
-def version() -> bytes:
-    """What the image build has written (https://github.com/mozilla-services/Dockerflow)."""
-    with suppress(FileNotFoundError):
-        return HERE.joinpath("version.json").read_bytes()
-    return encode(dict.fromkeys(("source", "version", "commit", "build"), ""))
+        self.model.score(self.model.metadata.golden[:1])
+        return OK
 
 
 # -- every request -----------------------------------------------------------------------------------------------------
@@ -450,8 +413,8 @@ class Keys:
 class Middleware:
     """What happens to every request: an id, the key's check, and the connection's end where it cannot be kept."""
 
-    def __init__(self, model: Model, keys: Keys, stopping: Sequence[int], close: Callable[[], None]) -> None:
-        self.version, self.keys, self.stopping, self.close = model.snapshot.version, keys, stopping, close
+    def __init__(self, model: Model, keys: Keys, process: Process) -> None:
+        self.version, self.keys, self.process = model.snapshot.version, keys, process
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         environ = req.env
@@ -469,13 +432,14 @@ class Middleware:
                 error = ', error="invalid_token"' if req.auth else ""
                 challenge = f'Bearer realm="fraud-api"{error}'
                 raise falcon.HTTPUnauthorized(description="expected an API key as bearer token", challenges=[challenge])
+            req.env[RECORD]["client"] = client
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
         if req.method == "OPTIONS" and resource:
             resp.set_header("Allow", f"{resp.get_header('Allow')}, OPTIONS")
         has_body = req.content_length or "HTTP_TRANSFER_ENCODING" in req.env
-        if self.stopping[0] or (has_body and READ not in req.env):
-            self.close()
+        if self.process.stopping[0] or (has_body and READ not in req.env):
+            self.process.close_connection()
 
 
 def request_id(given: str | None) -> str:
@@ -512,31 +476,25 @@ def report(record: Mapping[str, Any], error: Exception) -> None:
     log.error("request %s failed: %s\n%s", record["request_id"], type(error).__name__, trace)
 
 
-def create_app(
-    config: Config,
-    model: Model,
-    metrics: Metrics | None = None,
-    stopping: Sequence[int] = b"\0",
-    close: Callable[[], None] = lambda: None,
-) -> App:
-    """The WSGI application that serves `model`. It reads nothing but its arguments and the files beside it.
-
-    When `stopping[0]` is true it is not ready, and it calls `close` for every answer: the connection then ends with it.
-    """
-    metrics, keys = metrics or Metrics(), Keys(config.api_keys or ())
-    predictor, page = Predictor(model, metrics), HERE.joinpath("page.html").read_bytes()
+def create_app(config: Config, model: Model, process: Process) -> App:
+    """The WSGI application that serves `model`. It reads nothing but its arguments and the files beside it."""
+    keys = Keys(config.api_keys or ())
+    predictor, probes = Predictor(config, model, process), Probes(model, keys, process.stopping)
+    page, openapi, version = (
+        HERE.joinpath(name).read_bytes() for name in ("page.html", "openapi.json", "version.json")
+    )
     routes = {
-        "/": Document(page, "text/html; charset=utf-8", **{"Content-Security-Policy": policy(page)}),
+        "/": Get(lambda _: page, "text/html; charset=utf-8"),
         "/predict": Predict(config, predictor),
         "/predict/batch": PredictBatch(config, predictor),
-        "/health": Health(model, keys),
-        "/health/live": Live(),
-        "/health/ready": Ready(model, stopping),
-        "/metrics": Scrape(model, metrics),
-        "/openapi.json": Document(openapi(config), JSON),
-        "/version": Document(version(), JSON),
+        "/health": Get(probes.health),
+        "/health/live": Get(lambda _: OK),
+        "/health/ready": Get(probes.ready),
+        "/metrics": Get(lambda _: process.metrics.text(model), CONTENT_TYPE_PLAIN_0_0_4),
+        "/openapi.json": Get(lambda _: openapi),
+        "/version": Get(lambda _: version),
     }
-    app = falcon.App(media_type=JSON, middleware=[Middleware(model, keys, stopping, close)])
+    app = falcon.App(media_type=JSON, middleware=[Middleware(model, keys, process)])
     for path, resource in routes.items():
         app.add_route(path, resource)
     app.add_error_handler(Exception, _unexpected)
@@ -546,7 +504,7 @@ def create_app(
 
 def get_app() -> App:
     """What gunicorn calls in each worker: the application on the snapshot that the master has fetched."""
-    if snapshot is None:
+    if process.snapshot is None:
         raise RuntimeError("start with gunicorn and gunicorn.conf.py, without --preload")
     config = Config.from_environ()
-    return create_app(config, load(snapshot, config), metrics, stopping, close_connection)
+    return create_app(config, load(process.snapshot, config), process)

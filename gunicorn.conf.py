@@ -29,11 +29,12 @@ import server as processes
 import telemetry
 from model import ModelError, acquire, new_folder
 
-fraud_api.stopping = processes.shared_flag()
-fraud_api.metrics = telemetry.Metrics(processes.METRICS_BLOCKS)
-fraud_api.close_connection = lambda: processes.current.request.force_close()
+METRICS_BLOCKS = 4096  # a new one for each worker of a new version
+process = fraud_api.process
+process.stopping, process.metrics = processes.shared_flag(), telemetry.Metrics(METRICS_BLOCKS)
+process.close_connection = processes.close_connection
 processes.Worker.settings = settings
-telemetry.Log.mask, telemetry.Log.metrics = settings.mask, fraud_api.metrics
+telemetry.Log.mask, telemetry.Log.metrics = settings.mask, process.metrics
 
 wsgi_app = "fraud_api:get_app()"
 logger_class = telemetry.Log
@@ -60,14 +61,14 @@ def on_starting(server):
     try:
         server.folder = new_folder(settings.memory_dir)
         seconds = settings.model_load_timeout - (time.monotonic() - started)
-        fraud_api.snapshot = acquire(settings, server.folder, seconds)
+        process.snapshot = acquire(settings, server.folder, seconds)
     except BaseException as error:
         on_exit(server)
         if not isinstance(error, ModelError):
             raise
         server.log.critical("cannot serve %s", error)
         sys.exit(1)
-    processes.announce(server.log, "serving", fraud_api.snapshot)
+    processes.announce(server.log, "serving", process.snapshot)
     server.supervisor = processes.Supervisor(server, settings, server.folder)
     gc.collect()
     gc.freeze()  # the collector leaves alone what is imported, so that the workers share its memory
@@ -91,12 +92,13 @@ def when_ready(server):
 def pre_fork(server, worker):
     """Give the new worker a block of the metrics."""
     taken = {0, *(other.block for other in server.WORKERS.values())}
-    worker.block = fraud_api.metrics.free_block(taken, int(worker.snapshot.number))
+    worker.block = process.metrics.free_block(taken, int(worker.snapshot.number))
 
 
 def post_fork(server, worker):
     """Metrics of its own; and a grace period that ends before the master kills it."""
-    fraud_api.metrics.use(worker.block, int(worker.snapshot.number))
+    process.metrics.use(worker.block, int(worker.snapshot.number))
+    process.log_line = worker.log.output.put
     server.cfg.set("graceful_timeout", max(server.cfg.graceful_timeout - 1, 1))
 
 

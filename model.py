@@ -6,6 +6,7 @@ calls `load` after the fork and gets a `Model`. Both raise `ModelError` with a m
 
 import fcntl
 import hashlib
+import hmac
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ import time
 import traceback
 import zipfile
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,7 +49,7 @@ from config import Config, without_credentials
 log = logging.getLogger("gunicorn.error")
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Columns = Sequence[Sequence[Any]]  # the values of n transactions, one sequence of n values per field
+Columns = Sequence[Any]  # the values of n transactions, one sequence of n values per field
 
 HINT = "README: A model of your own"
 GOLDEN_TOLERANCE = 1e-6
@@ -133,7 +134,7 @@ CATEGORY = "merchant_category"
 FIELDS = Features.__struct_fields__
 NUMBERS = tuple(name for name in FIELDS if name != CATEGORY)
 MONEY = ("amount", "account_balance")
-_values = attrgetter(*FIELDS)
+values_of = attrgetter(*FIELDS)
 
 
 def _column_type(schema: dict[str, Any]) -> str:
@@ -151,7 +152,12 @@ DTYPES = {"string": "object", "long": "int64", "double": "float64"}
 
 def columns_of(rows: Sequence[Features]) -> Columns:
     """The six columns of some rows, in the order of `FIELDS`."""
-    return list(zip(*map(_values, rows), strict=True))
+    return list(zip(*map(values_of, rows), strict=True))
+
+
+def record_digest(key: bytes, values: Sequence[Any]) -> str:
+    """32 hex digits that prove which six values were scored, without telling them (HMAC-SHA256, RFC 2104)."""
+    return hmac.new(key, msgspec.json.encode(list(values)), "sha256").hexdigest()[:32]
 
 
 class Golden(Features, frozen=True):
@@ -282,24 +288,6 @@ class PipelineScorer(Scorer):
         return np.asarray(self.estimator.predict_proba(frame(columns)), dtype=np.float64)[:, 1]
 
 
-class PyFuncScorer(Scorer):
-    """Any other MLflow model, through `predict`. Raises `ValueError` where it gives no probabilities."""
-
-    name = "pyfunc"
-
-    def __init__(self, pyfunc: Any) -> None:
-        self.pyfunc = pyfunc
-
-    def __call__(self, columns: Columns) -> Floats:
-        output = np.asarray(self.pyfunc.predict(frame(columns)))
-        if output.dtype.kind != "f":
-            raise ValueError(f"it gives {output.dtype} labels, not probabilities")
-        output = output[:, 1] if output.ndim == 2 and output.shape[1] == 2 else output
-        if output.shape != (len(columns[0]),) or not np.all((output >= 0) & (output <= 1)):
-            raise ValueError("it does not give one probability from 0 to 1 for each row")
-        return output.astype(np.float64)
-
-
 class LeafMaskScorer(Scorer):
     """A tree ensemble behind a ColumnTransformer that encodes the category and passes the numbers through.
 
@@ -341,12 +329,8 @@ class LeafMaskScorer(Scorer):
         self.tables = [mask_table(trees, values[name], kind) for name in FIELDS]
 
     def __call__(self, columns: Columns) -> Floats:
-        if len(columns[0]) <= ROWS_AT_A_TIME:
-            return self.probabilities(reduce(np.bitwise_and, self.masks(columns)))
-        starts = range(0, len(columns[0]), ROWS_AT_A_TIME)
-        return np.concatenate(
-            [self([values[start : start + ROWS_AT_A_TIME] for values in columns]) for start in starts]
-        )
+        parts = pieces(columns, ROWS_AT_A_TIME)
+        return np.concatenate([self.probabilities(reduce(np.bitwise_and, self.masks(part))) for part in parts])
 
     def masks(self, columns: Columns) -> list[Any]:
         """For each field, the leaves (n × trees) that its values leave over."""
@@ -370,16 +354,22 @@ class LeafMaskScorer(Scorer):
 
     def coalitions(self, columns: Columns, reference: Sequence[Any]) -> Floats:
         """Each field's masks are the transaction's or the reference's: all 64 choices, by doubling."""
-        step = max(ROWS_AT_A_TIME // len(COALITIONS), 1)
-        fixed = [masks[:, None] for masks in self.masks([[value] for value in reference])]
+        others = self.masks([[value] for value in reference])
         found = []
-        for start in range(0, len(columns[0]), step):
-            own = self.masks([values[start : start + step] for values in columns])
-            masks = np.full((len(own[0]), 1, len(self.offsets)), np.iinfo(own[0].dtype).max, own[0].dtype)
-            for other, mine in zip(fixed, own, strict=True):
-                masks = np.concatenate([masks & other, masks & mine[:, None]], axis=1)
+        for part in pieces(columns, ROWS_AT_A_TIME // len(COALITIONS)):
+            masks = np.empty((len(part[0]), len(COALITIONS), len(self.offsets)), others[0].dtype)
+            masks[:, 0] = np.iinfo(masks.dtype).max
+            for number, (own, other) in enumerate(zip(self.masks(part), others, strict=True)):
+                done = 2**number
+                np.bitwise_and(masks[:, :done], own[:, None], out=masks[:, done : 2 * done])
+                masks[:, :done] &= other
             found.append(self.probabilities(masks.reshape(-1, len(self.offsets))))
         return np.concatenate(found).reshape(-1, len(COALITIONS))
+
+
+def pieces(columns: Columns, size: int) -> Iterator[Columns]:
+    """The columns of so many rows at a time."""
+    return ([values[start : start + size] for values in columns] for start in range(0, len(columns[0]), size))
 
 
 class Tree:
@@ -528,7 +518,7 @@ class Model:
         """
         if self.metadata.reference is None:
             raise ValueError("the model has no reference transaction")
-        worth = self.scorer.coalitions(columns, _values(self.metadata.reference.transaction))
+        worth = self.scorer.coalitions(columns, values_of(self.metadata.reference.transaction))
         without = worth[:, [len(COALITIONS) - 1 - 2**number for number in range(len(FIELDS))]]
         explanations = [
             Explanation(base, sorted(map(Contribution, FIELDS, shares, alone), key=lambda each: -abs(each.value)))
@@ -548,7 +538,7 @@ def load(snapshot: Snapshot, config: Config) -> Model:
         metadata = msgspec.convert(pyfunc.metadata.metadata or {}, Metadata)
     except msgspec.ValidationError as error:
         raise ModelError(f"the model's metadata does not fit: {error}") from None
-    scorer = choose_scorer(pyfunc, metadata.golden)
+    scorer = choose_scorer(pyfunc.get_raw_model(), metadata.golden)
     _check_golden(scorer, metadata.golden)
     return Model(snapshot, metadata, scorer, config.fraud_threshold, time.monotonic() - started)
 
@@ -571,35 +561,25 @@ def _check_golden(scorer: Scorer, golden: Sequence[Golden]) -> None:
         )
 
 
-def choose_scorer(pyfunc: Any, golden: Sequence[Golden]) -> Scorer:
+def choose_scorer(estimator: Any, golden: Sequence[Golden]) -> Scorer:
     """The leaf masks, if they agree with the pipeline on golden and generated rows; else the pipeline itself."""
-    if pyfunc.loader_module != mlflow.sklearn.__name__:
-        return _checked(PyFuncScorer(pyfunc), golden, of_labels=True)
-    estimator, started = pyfunc.get_raw_model(), time.perf_counter()
-    direct = _checked(PipelineScorer(estimator), golden)
+    pipeline, started = PipelineScorer(estimator), time.perf_counter()
+    try:
+        pipeline(columns_of([*golden, *_probes([])]))
+    except ValueError as error:
+        raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
     try:
         masks = LeafMaskScorer(estimator)
         seconds, size = time.perf_counter() - started, sum(table.nbytes for table in masks.tables)
         columns = columns_of([*golden, *_probes([*masks.categories])])
-        gap = np.abs(masks(columns) - direct(columns)).max()
+        gap = np.abs(masks(columns) - pipeline(columns)).max()
         if gap <= LEAF_MASK_TOLERANCE:
             log.info("leaf masks of %d trees: %.1f MB, %.2f s", len(masks.offsets), size / 2**20, seconds)
             return masks
         log.warning("no leaf masks: they differ from predict_proba by %.3g", gap)
     except Exception as error:  # the pipeline scores every model
         log.info("no leaf masks: %s", error)
-    return direct
-
-
-def _checked(scorer: Scorer, golden: Sequence[Golden], of_labels: bool = False) -> Scorer:
-    """`scorer`, if it gives probabilities for known, unknown and extreme rows."""
-    try:
-        found = scorer(columns_of([*golden, *_probes([])]))
-    except ValueError as error:
-        raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
-    if of_labels and np.all((found == 0) | (found == 1)):
-        raise ModelError("the model gives labels, not probabilities; log it with pyfunc_predict_fn='predict_proba'")
-    return scorer
+    return pipeline
 
 
 def _probes(categories: Sequence[str]) -> list[Features]:
@@ -633,18 +613,17 @@ class ModelFetcher:
             _answer(config, folder / str(time.monotonic_ns()), seconds, served, writer)
         os.close(writer)
 
-    def ready(self) -> bool:
-        """Whether `result` returns at once."""
-        return bool(select.select([self.reader], [], [], 0)[0]) or time.monotonic() >= self.deadline
-
-    def result(self) -> Snapshot:
-        """The snapshot, as soon as there is one. Raises `ModelError`."""
-        found: Snapshot | str = f"not loaded within {self.config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
-        if select.select([self.reader], [], [], max(self.deadline - time.monotonic(), 0))[0]:
+    def result(self, seconds: float = 0) -> Snapshot | None:
+        """The snapshot, or None if there is no answer within so many seconds. Raises `ModelError`."""
+        if select.select([self.reader], [], [], seconds)[0]:
             with open(self.reader, "rb", closefd=False) as pipe:
                 answer = pipe.read()
             died = "the process that loads it died; did it need more memory (MODEL_MEMORY_MB)?"
             found = msgspec.json.decode(answer, type=Snapshot | str) if answer else died
+        elif time.monotonic() < self.deadline:
+            return None
+        else:
+            found = f"not loaded within {self.config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
         if isinstance(found, Snapshot):
             return found
         place = without_credentials(self.config.mlflow_tracking_uri)
@@ -662,7 +641,9 @@ def acquire(config: Config, folder: Path, seconds: float) -> Snapshot:
     """Fetch the version that MODEL_URI names into `folder` and prove it. Raises `ModelError`."""
     fetcher = ModelFetcher(config, folder, seconds)
     try:
-        return fetcher.result()
+        while not (snapshot := fetcher.result(0.1)):
+            pass
+        return snapshot
     finally:
         fetcher.end()
 

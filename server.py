@@ -7,10 +7,8 @@ the minor version that they were checked with.
 
 import math
 import mmap
-import os
 import selectors
 import shutil
-import signal
 import socket
 import struct
 import sys
@@ -22,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gunicorn import util
 from gunicorn.arbiter import Arbiter
@@ -33,12 +31,12 @@ from msgspec import structs
 import fraud_api
 import telemetry
 from config import Config
+from fraud_api import process
 from model import ModelError, ModelFetcher, Snapshot
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
 ACCEPTS = 64  # connections accepted in one turn of the main loop
-METRICS_BLOCKS = 4096
 PRIVATE = {
     ThreadWorker: (
         "accept enqueue_req finish_request handle handle_request get_thread_pool set_accept_enabled run handle_error "
@@ -91,7 +89,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # in the master, before the fork
-        self.snapshot, self.ready, self.born = fraud_api.snapshot, shared_flag(), time.monotonic()
+        self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
         self.max_keepalived = self.worker_connections // 2
         self.queue: deque[tuple[float, TConn]] = deque()  # requests without a place, and since when
         self.active: dict[TConn, list[float]] = {}  # requests in threads: since when watched, bytes moved by then
@@ -249,7 +247,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 def bytes_moved(connection: socket.socket) -> float:
     """Bytes of a TCP connection that were received and that the client has acknowledged (tcp(7), linux/tcp.h)."""
     try:
-        return sum(struct.unpack_from("QQ", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 120))
+        return float(
+            sum(struct.unpack_from("QQ", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 120))
+        )
     except (OSError, struct.error):  # no TCP, or a kernel that does not count
         return math.inf
 
@@ -265,12 +265,19 @@ def shared_flag() -> mmap.mmap:
     return mmap.mmap(-1, 1)
 
 
+def close_connection() -> None:
+    """Close the connection of this thread's request after the answer."""
+    current.request.force_close()
+
+
 class Supervisor:
     """What the master does besides gunicorn's own: it finds new versions, and replaces workers one by one."""
 
     def __init__(self, server: Arbiter, settings: Config, folder: Path) -> None:
         self.server, self.settings, self.folder, self.log = server, settings, folder, server.log
-        self.served = fraud_api.snapshot  # what all workers serve, or served before they began to be replaced
+        self.served = cast(
+            Snapshot, process.snapshot
+        )  # what all workers serve, or served before they began to be replaced
         self.poll_at, self.asked = time.monotonic() + (settings.model_poll_seconds or math.inf), False
         self.steps, self.manage_workers = self.supervise(), server.manage_workers
         server.manage_workers, server.handle_hup, server.handle_term = self.step, self.look_now, self.drain
@@ -290,7 +297,7 @@ class Supervisor:
 
     def drain(self) -> None:
         """SIGTERM: answer for a while as a service that is not ready, then stop."""
-        fraud_api.stopping[0] = 1
+        process.stopping[0] = 1
         time.sleep(self.settings.drain_seconds)
         raise StopIteration
 
@@ -312,11 +319,11 @@ class Supervisor:
         """The version that MODEL_URI names now, proven; None if there is none that can be served."""
         fetcher = ModelFetcher(self.settings, self.folder, self.settings.model_load_timeout, self.served)
         try:
-            while not fetcher.ready():
+            while not (found := fetcher.result()):
                 yield
-            return fetcher.result()
+            return found
         except ModelError as error:
-            fraud_api.metrics.add("failed_reloads")
+            process.metrics.add("failed_reloads")
             self.log.error("still serving %s, not %s", self.served.version, error)
             return None
         finally:
@@ -325,18 +332,17 @@ class Supervisor:
     def roll(self, found: Snapshot) -> Iterator[None]:
         """One by one, start a worker that serves the new version, and when it is ready let the oldest worker stop."""
         announce(self.log, "proven, replacing workers for", found)
-        fraud_api.snapshot, workers = found, self.server.WORKERS
-        while any(worker.snapshot is not (wanted := fraud_api.snapshot) for worker in workers.values()):
+        process.snapshot, workers = found, self.server.WORKERS
+        while any(worker.snapshot is not (wanted := process.snapshot) for worker in workers.values()):
             self.server.num_workers += 1  # gunicorn starts one more, and below it stops the oldest
             try:
-                while wanted is fraud_api.snapshot and not self.all_ready():
+                while wanted is process.snapshot and not self.all_ready():
                     yield
-                    self.kill_hanging()
             finally:
                 self.server.num_workers -= 1
             while len(workers) > self.server.num_workers:
                 yield
-        if fraud_api.snapshot is found:
+        if process.snapshot is found:
             self.served = found
             announce(self.log, "serving", found)
 
@@ -344,20 +350,14 @@ class Supervisor:
         workers = self.server.WORKERS
         return len(workers) >= self.server.num_workers and all(worker.ready[0] for worker in workers.values())
 
-    def kill_hanging(self) -> None:
-        """A worker that does not come up in time ends; `lost` then goes back to the version before."""
-        for worker in self.server.WORKERS.values():
-            if not worker.ready[0] and time.monotonic() - worker.born > self.settings.model_load_timeout:
-                os.kill(worker.pid, signal.SIGKILL)
-
     def lost(self, worker: Worker) -> None:
         """A worker has ended. A new version that its first worker does not come up with is given up."""
-        if len(self.server.WORKERS) < self.server.num_workers and not fraud_api.stopping[0]:
-            fraud_api.metrics.add("worker_restarts")
-        if not worker.ready[0] and worker.snapshot is fraud_api.snapshot is not self.served:
+        if len(self.server.WORKERS) < self.server.num_workers and not process.stopping[0]:
+            process.metrics.add("worker_restarts")
+        if not worker.ready[0] and worker.snapshot is process.snapshot is not self.served:
             self.log.error("still serving %s, not %s: no worker for it", self.served.version, worker.snapshot.version)
-            fraud_api.metrics.add("failed_reloads")
-            fraud_api.snapshot = self.served
+            process.metrics.add("failed_reloads")
+            process.snapshot = self.served
 
     def tidy(self) -> None:
         """Only the version that is served stays in memory."""

@@ -31,8 +31,7 @@ from model import CATEGORY, FIELDS, Columns, Model, Reference
 # Keys of the WSGI environment: what the application adds to the request's log line, and the route.
 RECORD, ROUTE = "fraud_api.record", "fraud_api.route"
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-MOST_BLOCKS = 4096
-MOST_LINES = 10_000  # that wait to be written; more are lost
+MOST_LINES = 100_000  # that wait to be written; more are lost
 WRITE_SECONDS = 0.005  # lines of so long a time are written together
 STALL_SECONDS = 0.1  # without reading anything, after which the reader of the log counts as stalled
 
@@ -102,6 +101,10 @@ class Metrics:
                 self.add("request_seconds", route, suffix="_count")
                 self.add("request_seconds", route, suffix="_sum", by=seconds)
 
+    def line_lost(self) -> None:
+        with self.lock:
+            self.add("log_lines_lost")
+
     def text(self, model: Model) -> bytes:
         """Everything in Prometheus' text format; what is served and its load time are this worker's."""
         families = {name: Metric(f"fraud_api_{name}", text, kind) for name, (kind, text, _) in METRICS.items()}
@@ -125,7 +128,7 @@ class Metrics:
 
 def shown(label: object) -> str:
     """A label's value as Prometheus writes it."""
-    return str(floatToGoString(label)) if isinstance(label, float) else str(label)
+    return str(floatToGoString(label)) if isinstance(label, float) else str(label)  # type: ignore[no-untyped-call]
 
 
 def gauges(model: Model) -> Iterator[tuple[tuple[Any, ...], float]]:
@@ -146,16 +149,18 @@ class ScoreRecorder:
         self.categories = frozenset(reference.categories if reference else ())
 
     def record(self, columns: Columns, scores: Sequence[float], fraud: int) -> None:
-        add = self.metrics.add
+        counts: list[tuple[str, object, int]] = [("rows", "fraud", fraud), ("rows", "legitimate", len(scores) - fraud)]
+        if self.reference:
+            places = Counter(bisect_left(self.reference.score_deciles, score) for score in scores)
+            counts += [("score_decile", place + 1, count) for place, count in places.items()]
+            counts += [
+                ("unfamiliar_values", field, self.unfamiliar(field, values))
+                for field, values in zip(FIELDS, columns, strict=True)
+            ]
         with self.metrics.lock:
-            add("rows", "fraud", by=fraud)
-            add("rows", "legitimate", by=len(scores) - fraud)
-            if self.reference:
-                limits = self.reference.score_deciles
-                for place, count in Counter(bisect_left(limits, score) for score in scores).items():
-                    add("score_decile", place + 1, by=count)
-                for field, values in zip(FIELDS, columns, strict=True):
-                    add("unfamiliar_values", field, by=self.unfamiliar(field, values))
+            for name, label, count in counts:
+                if count:
+                    self.metrics.add(name, label, by=count)
 
     def invalid(self, count: int) -> None:
         with self.metrics.lock:
@@ -170,11 +175,13 @@ class ScoreRecorder:
         return 0 if low <= min(values) and max(values) <= high else sum(not low <= value <= high for value in values)
 
 
-class Output:
+class Output(logging.Handler):
     """Standard output with a bounded queue: a reader that stalls holds up nobody, and lost lines are counted."""
 
-    def __init__(self, lost: Callable[[], None]) -> None:
-        self.lost, self.lines, self.lock = lost, deque[bytes](), threading.Lock()
+    def __init__(self, lost: Callable[[], None], mask: Callable[[str], str]) -> None:
+        super().__init__()
+        self.lost, self.mask, self.lines, self.turn = lost, mask, deque[bytes](), threading.Lock()
+        self.stalled = False
         self.wanted: threading.Event | None = None
 
     def start(self) -> None:
@@ -188,36 +195,43 @@ class Output:
             self.wanted.clear()
             self.drain()
 
-    def put(self, line: bytes) -> None:
+    def put(self, line: dict[str, Any]) -> None:
+        if len(self.lines) >= MOST_LINES and not self.stalled:
+            self.drain()
         if len(self.lines) < MOST_LINES:
-            self.lines.append(line)
+            self.lines.append(msgspec.json.encode(line) + b"\n")
         else:
             self.lost()
-        if self.wanted and not self.wanted.is_set():
+        if not self.wanted:
+            self.drain()
+        elif not self.wanted.is_set():
             self.wanted.set()
 
     def drain(self) -> None:
         """Write what waits, in pieces that a pipe takes whole (pipe(7), PIPE_BUF), unless the reader stalls."""
         descriptor = sys.stdout.fileno()
-        with self.lock:
+        with self.turn:
             while self.lines and select([], [descriptor], [], STALL_SECONDS)[1]:
                 text = self.lines.popleft()
                 while self.lines and len(text) + len(self.lines[0]) <= PIPE_BUF:
                     text += self.lines.popleft()
                 os.write(descriptor, text)
+            self.stalled = bool(self.lines)
 
-    def write(self, text: str) -> None:
-        """For `logging.StreamHandler`."""
-        self.put(text.encode())
+    def emit(self, record: logging.LogRecord) -> None:
+        """What is logged about anything but a request."""
+        line = {"time": datetime.fromtimestamp(record.created, UTC), "level": record.levelname.lower()}
+        line |= {"logger": record.name, "pid": record.process, "message": self.clean(record.getMessage())}
+        if record.exc_info:
+            line["exception"] = self.clean(logging.Formatter().formatException(record.exc_info))
+        self.put(line)
 
-    def flush(self) -> None:
-        """For `logging.StreamHandler`."""
-        if not self.wanted:
-            self.drain()
+    def clean(self, text: str) -> str:
+        return self.mask(text).encode(errors="replace").decode()
 
 
 class Log(Logger):  # type: ignore[misc]
-    """gunicorn's log as lines of JSON on standard output, or for people where that is a terminal.
+    """gunicorn's log as lines of JSON on standard output.
 
     Other libraries log to it as well, from WARNING on. Secrets are masked.
     """
@@ -227,51 +241,24 @@ class Log(Logger):  # type: ignore[misc]
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
-        self.human, self.output = sys.stdout.isatty(), Output(self.lost)
-        handler = logging.StreamHandler(self.output)
-        handler.setFormatter(Lines(type(self).mask, self.human))
-        logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+        self.output = Output(self.metrics.line_lost, type(self).mask)
+        logging.basicConfig(handlers=[self.output], level=logging.WARNING, force=True)
         for logger in (self.error_log, logging.getLogger("mlflow")):
             logger.handlers, logger.propagate = [], True
         logging.captureWarnings(True)
-
-    def lost(self) -> None:
-        with self.metrics.lock:
-            self.metrics.add("log_lines_lost")
 
     def access(self, resp: Any, req: Any, environ: Mapping[str, Any], request_time: timedelta) -> None:
         """gunicorn calls this when the last byte of an answer is sent, or cannot be."""
         self.answered(environ, resp.status_code, max(request_time.total_seconds(), 0))  # the clock may be set back
 
     def answered(self, environ: Mapping[str, Any], status: int, seconds: float | None = None) -> None:
-        """Count a request and write its line."""
+        """Count a request and log its line."""
         self.metrics.answered(environ.get(ROUTE, "-"), status, seconds)
         if self.error_log.isEnabledFor(logging.INFO):
             line = {"time": datetime.now(UTC), "level": "info", "logger": "request"}
             line |= {"method": environ.get("REQUEST_METHOD", "-"), "path": environ.get("PATH_INFO", "-")[:256]}
-            line |= {"status": status, "duration_ms": None if seconds is None else round(seconds * 1000, 3)}
+            line |= {"status": status} | ({} if seconds is None else {"duration_ms": round(seconds * 1000, 3)})
             line |= environ.get(RECORD, {})
             if found := TRACE_PARENT.fullmatch(environ.get("HTTP_TRACEPARENT", "")):
                 line["trace_id"] = found[1]
-            self.output.put(self.human_line(line) if self.human else msgspec.json.encode(line) + b"\n")
-
-    def human_line(self, line: dict[str, Any]) -> bytes:
-        values = " ".join(ascii(value).strip("'") for value in [*line.values()][3:])
-        return f"{line['time']:%H:%M:%S} {values}\n".encode()
-
-
-class Lines(logging.Formatter):
-    """Formats what is logged about anything but a request."""
-
-    def __init__(self, mask: Callable[[str], str], human: bool) -> None:
-        super().__init__()
-        self.mask, self.human = mask, human
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = self.mask(record.getMessage()).encode(errors="replace").decode()
-        trace = self.mask(self.formatException(record.exc_info)) if record.exc_info else ""
-        now = datetime.fromtimestamp(record.created, UTC)
-        if self.human:
-            return f"{now:%H:%M:%S} [{record.process}] [{record.levelname}] {message}" + f"\n{trace}" * bool(trace)
-        line = {"time": now, "level": record.levelname.lower(), "logger": record.name, "pid": record.process}
-        return msgspec.json.encode(line | {"message": message} | ({"exception": trace} if trace else {})).decode()
+            self.output.put(line)

@@ -28,9 +28,9 @@ import pytest
 from mlflow import MlflowClient
 from webtest import TestApp
 
+import fraud_api
 import train
 from chaos import Chaos
-from fraud_api import create_app
 from model import Model, Snapshot, acquire, load
 
 NAME = "fraud-detector"
@@ -327,7 +327,9 @@ def model(snapshot: Snapshot) -> Model:
 
 @pytest.fixture(scope="session")
 def app(model: Model) -> TestApp:
-    return client_of(create_app(config(max_batch_size="5", max_body_bytes="4096"), model))
+    return client_of(
+        fraud_api.create_app(config(max_batch_size="5", max_body_bytes="4096"), model, fraud_api.Process())
+    )
 
 
 def client_of(app: object) -> TestApp:

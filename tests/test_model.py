@@ -157,7 +157,7 @@ def test_too_many_leaves(caplog: pytest.LogCaptureFixture) -> None:
     """A tree of more leaves than a mask has bits is scored by the pipeline, and the log says why."""
     caplog.set_level("INFO", "gunicorn.error")
     estimator = fitted(RandomForestClassifier(5, max_leaf_nodes=MOST_LEAVES + 1, random_state=0))
-    assert choose_scorer(FakePyFunc(estimator), []).name == "sklearn"
+    assert choose_scorer(estimator, []).name == "sklearn"
     assert caplog.messages[-1] == f"no leaf masks: a tree has {MOST_LEAVES + 1} leaves, more than {MOST_LEAVES}"
 
 
@@ -168,7 +168,7 @@ def test_too_large_tables(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.
     size = sum(table.nbytes for table in LeafMaskScorer(estimator).tables)
     for bound, name in ((size, "leaf-masks"), (size - 1, "sklearn")):
         monkeypatch.setattr("model.MOST_TABLE_BYTES", bound)
-        assert choose_scorer(FakePyFunc(estimator), []).name == name
+        assert choose_scorer(estimator, []).name == name
     assert caplog.messages[-1].startswith("no leaf masks: its tables would take 0 MB")
 
 
@@ -208,23 +208,6 @@ def saved(folder: Path, estimator: Pipeline, **changes: object) -> Snapshot:
     return Snapshot(str(folder / "model"), "n", "1", None, "http://registry", "0" * 64, [])
 
 
-def saved_function(folder: Path, function: Callable[[pd.DataFrame], object]) -> Snapshot:
-    """A PyFunc that is no scikit-learn model."""
-
-    class Function(mlflow.pyfunc.PythonModel):
-        def predict(self, context, model_input, params=None):
-            return function(model_input)
-
-    metadata = {
-        "threshold": 0.5,
-        "golden": golden(lambda rows: np.asarray(function(rows), float).reshape(4, -1)[:, -1]),
-    }
-    mlflow.pyfunc.save_model(
-        folder / "model", python_model=Function(), signature=SIGNED, metadata=metadata, pip_requirements=[]
-    )
-    return Snapshot(str(folder / "model"), "n", "1", None, "http://registry", "0" * 64, [])
-
-
 def test_forest(tmp_path: Path) -> None:
     assert load(saved(tmp_path, TREES["random forest"]()), config()).scorer.name == "leaf-masks"
 
@@ -242,15 +225,6 @@ def test_model_without_fast_path(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     np.testing.assert_array_equal(loaded.score(batch), estimator.predict_proba(DATA.head(5))[:, 1])
 
 
-class FakePyFunc:
-    """As much of MLflow's wrapper as `_scorer` looks at."""
-
-    loader_module = "mlflow.sklearn"
-
-    def __init__(self, estimator: Pipeline) -> None:
-        self.get_raw_model = lambda: estimator
-
-
 class Doubtful(HistGradientBoostingClassifier):
     """Trees that treelite reads as such, with a `predict_proba` of their own for some rows."""
 
@@ -263,7 +237,7 @@ def test_disagreement_means_no_fast_path(caplog: pytest.LogCaptureFixture) -> No
     """What looks accelerable and scores otherwise is found out at load, and served through itself."""
     estimator = fitted(Doubtful(max_iter=20))
     LeafMaskScorer(estimator)  # built without complaint
-    scorer = choose_scorer(FakePyFunc(estimator), [])
+    scorer = choose_scorer(estimator, [])
     assert scorer.name == "sklearn"
     assert re.fullmatch(r"no leaf masks: they differ from predict_proba by 0\.\d+", caplog.messages[-1])
     np.testing.assert_array_equal(
@@ -272,29 +246,7 @@ def test_disagreement_means_no_fast_path(caplog: pytest.LogCaptureFixture) -> No
     )
 
 
-@pytest.mark.parametrize("shape", ["(n,)", "(n, 2)", "frame"])
-def test_pyfunc(tmp_path: Path, shape: str) -> None:
-    """Any PyFunc that gives P(fraud) is served through its predict."""
-
-    def probabilities(rows: pd.DataFrame) -> object:
-        p = rows["hour"].to_numpy() / 24
-        return p if shape == "(n,)" else np.column_stack([1 - p, p]) if shape == "(n, 2)" else pd.Series(p)
-
-    loaded = load(saved_function(tmp_path, probabilities), config())
-    assert loaded.scorer.name == "pyfunc"
-    assert loaded.score([Features(1.0, "new", 6.0, 0.0, 30.0, 0.0)]).tolist() == [0.25]
-
-
 DOES_NOT = "the model does not score known, unknown and extreme transactions"
-
-
-def test_pyfunc_that_stops_giving_probabilities(tmp_path: Path) -> None:
-    """A score that is none never becomes an answer."""
-    loaded = load(saved_function(tmp_path, lambda rows: np.where(rows["amount"] == 0.125, np.nan, 0.5)), config())
-    good, bad = Features(1.0, "a", 6.0, 0.0, 30.0, 0.0), Features(0.125, "a", 6.0, 0.0, 30.0, 0.0)
-    assert loaded.score([good]).tolist() == [0.5]
-    with pytest.raises(ValueError, match="does not give one probability"):
-        loaded.score([good, bad])
 
 
 @pytest.mark.parametrize("rest", [SimpleImputer(missing_values=-1.0), StandardScaler()])
@@ -311,7 +263,7 @@ def test_many_categories() -> None:
     columns = make_column_transformer((ORDINAL, [CATEGORY]), remainder="passthrough")
     labels = np.arange(len(data)) % 2
     estimator = make_pipeline(columns, HistGradientBoostingClassifier(max_iter=5)).fit(data, labels)
-    scorer = choose_scorer(FakePyFunc(estimator), [])
+    scorer = choose_scorer(estimator, [])
     assert scorer.name == "leaf-masks"
     batch = columns_of([Features(**row) for row in data.tail(100).to_dict("records")])
     np.testing.assert_allclose(scorer(batch), estimator.predict_proba(data.tail(100))[:, 1], rtol=0, atol=1e-9)
@@ -321,29 +273,6 @@ def refusal(snapshot: Snapshot) -> str:
     with pytest.raises(ModelError) as raised:
         load(snapshot, config())
     return str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda rows: (rows["amount"] > 100).astype(int), f"{DOES_NOT}: it gives int64 labels, not probabilities"),
-        (lambda rows: rows["amount"] > 100, f"{DOES_NOT}: it gives bool labels, not probabilities"),
-        (
-            lambda rows: (rows["amount"] > 100).astype(float),
-            "the model gives labels, not probabilities; log it with pyfunc_predict_fn='predict_proba'",
-        ),
-        (
-            lambda rows: rows["hour"].to_numpy().astype(float),
-            f"{DOES_NOT}: it does not give one probability from 0 to 1 for each row",
-        ),
-    ],
-    ids=["integers", "booleans", "ones and zeros", "beyond 1"],
-)
-def test_labels_are_refused(tmp_path: Path, function: Callable[[pd.DataFrame], object], message: str) -> None:
-    snapshot = saved_function(tmp_path, function)
-    text = (Path(snapshot.path) / "MLmodel").read_text()  # scores above 1 cannot be golden; this is about the model
-    (Path(snapshot.path) / "MLmodel").write_text(re.sub(r"(fraud_probability): [\d.]+", r"\1: 0.5", text))
-    assert refusal(snapshot) == message
 
 
 def test_classifier_without_probabilities_is_refused(tmp_path: Path) -> None:

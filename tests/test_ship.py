@@ -20,7 +20,7 @@ import pytest
 import yaml
 from webtest import TestApp
 
-from config import Config, ConfigError
+from config import LIBRARY_SECRET, SECRETS, Config, ConfigError
 from conftest import HERE, config, free_port
 
 K8S = HERE / "k8s"
@@ -116,16 +116,19 @@ def test_schemas(rendered: dict[str, Any], extended: dict[str, Any]) -> None:
 
 def test_settings(rendered: dict[str, Any]) -> None:
     """ConfigMap and Secret set every variable once, secrets in the Secret, to values that the service accepts."""
-    secret = {item.name.upper() for item in fields(Config) if item.metadata["secret"]}
-    assert {*secrets()} == secret
-    assert {*settings(rendered)} == {item.name.upper() for item in fields(Config)} - secret
+    names = {item.name.upper() for item in fields(Config)} - {"SECRETS"}
+    found = {*settings(rendered), *secrets()}
+    assert names - found == set()
+    assert all(name.startswith(("MLFLOW_", "AWS_")) for name in found - names)
+    assert {*secrets()} == {name for name in found if name in SECRETS or LIBRARY_SECRET.fullmatch(name)}
+    assert {*secrets()} & {*settings(rendered)} == set()
     with pytest.raises(ConfigError, match="API_KEYS"):  # the placeholder is not a key
         Config.from_environ(settings(rendered) | secrets())
-    found, usual = read_config(rendered), config(api_keys="k3y")
-    differs = {item.name: getattr(found, item.name) for item in fields(Config)}
+    read, usual = read_config(rendered), config(api_keys="k3y")
+    differs = {item.name: getattr(read, item.name) for item in fields(Config)}
     differs = {name: value for name, value in differs.items() if value != getattr(usual, name)}
     assert re.fullmatch(r"models:/[\w-]+/\d+", differs.pop("model_uri")), "a number that a commit changes, not an alias"
-    assert {*differs} == {"mlflow_tracking_uri", "mlflow_s3_endpoint_url", "host"}
+    assert {*differs} == {"mlflow_tracking_uri", "host", "model_memory_mb"}
 
 
 def test_settings_reach_the_pod(rendered: dict[str, Any], container: dict[str, Any]) -> None:
@@ -497,7 +500,7 @@ def test_image_has_what_the_service_is() -> None:
         imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / name).read_text(), re.M)
         modules |= {f"{module}.py" for module in imports if (HERE / f"{module}.py").exists()}
     files = {name for module in modules for name in re.findall(r'"(\w+\.(?:json|html))"', (HERE / module).read_text())}
-    assert copied() == modules | (files - {"version.json"}) | {"requirements.txt", "requirements-build.txt"}
+    assert copied() == modules | (files - {"schema.json", "version.json"}) | {"requirements.txt", "requirements-build.txt"}
     allowed = {line[1:] for line in (HERE / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert allowed == copied()
 
