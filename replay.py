@@ -11,7 +11,6 @@ another threshold would have decided. Exits with
 """
 
 import argparse
-import os
 import re
 import sys
 
@@ -52,12 +51,11 @@ if __name__ == "__main__":  # before the libraries are imported: they read the e
     options, config = arguments(), prepare("replay")
 
 import gzip
-import hmac
 import sqlite3
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from itertools import islice, repeat
 from pathlib import Path
@@ -70,7 +68,7 @@ import pandas as pd
 from msgspec import Meta
 
 from data import CSV, FEWEST_IN_PART, ID, LABEL, RULES, DataError, Sample, _keeps, _typed
-from model import FIELDS, Model, ModelError
+from model import FIELDS, Model, ModelError, record_digest
 from report import INTERVAL, Scored, bootstrap, readable, short
 from train import RESAMPLES
 from versions import as_served
@@ -78,7 +76,6 @@ from versions import as_served
 TOLERANCE = 1e-9
 NAMED = 10  # differences that are named
 CHUNK = 20_000  # rows at a time
-DIGEST_DIGITS = 32
 SECONDS = 5.0  # between two lines of progress
 MOST_MEASURED = 200_000  # decisions that intervals are computed from
 MEASURES = ("average_precision", "recall", "precision", "cost")
@@ -140,11 +137,6 @@ decode = msgspec.json.Decoder(Decision).decode
 Figure = tuple[str, str, float, float, float]
 # The number of a decision's line, the decision, and its transaction: number, six values in the order of FIELDS, label.
 Row = tuple[int, Decision, tuple[Any, ...]]
-
-
-def record_digest(key: bytes, values: Sequence[Any]) -> str:
-    """HMAC-SHA256 of a transaction's six values, in the order of `FIELDS`."""
-    return hmac.new(key, msgspec.json.encode([*values]), "sha256").hexdigest()
 
 
 # -- the two files -----------------------------------------------------------------------------------------------------
@@ -242,8 +234,8 @@ def printable(text: str) -> str:
 class Replay:
     """The record, joined with the data and decided again, a chunk at a time."""
 
-    def __init__(self, options: argparse.Namespace, config: Config, key: bytes) -> None:
-        self.options, self.config, self.key = options, config, key
+    def __init__(self, options: argparse.Namespace, config: Config) -> None:
+        self.options, self.config, self.key = options, config, (config.record_key or "").encode()
         self.database = sqlite3.connect("")
         self.database.executescript(TABLES)
         self.decisions, self.failed, self.unreadable, self.first = 0, Counter[str](), 0, ""
@@ -320,7 +312,7 @@ class Replay:
         for (number, each, found), p_differs, p, fraud in zip(rows, other, new, after, strict=True):
             same = None
             if self.key and each.digest:
-                same = record_digest(self.key, found[1:-1])[:DIGEST_DIGITS] == each.digest
+                same = record_digest(self.key, found[1:-1]) == each.digest
             if not (p_differs or fraud != each.is_fraud or same is False):
                 yield None
                 continue
@@ -422,10 +414,10 @@ def markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def run(options: argparse.Namespace, config: Config, key: bytes = b"") -> int:
-    """Decide everything again and print what differs; `key` is that of the digests. Raises `DataError`."""
+def run(options: argparse.Namespace, config: Config) -> int:
+    """Decide everything again and print what differs; give the exit status. Raises `DataError`."""
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
-    replay = Replay(options, config, key)
+    replay = Replay(options, config)
     load_data(replay.database, Path(options.data))
     replay.decide_all(Path(options.decisions))
     return conclude(replay)
@@ -434,7 +426,7 @@ def run(options: argparse.Namespace, config: Config, key: bytes = b"") -> int:
 def main() -> int | str:
     """The exit status, or what went wrong."""
     try:
-        return run(options, config, os.environ.get("RECORD_KEY", "").strip().encode())
+        return run(options, config)
     except (DataError, OSError, EOFError, sqlite3.Error) as error:
         return f"replay: {config.mask(str(error))}"
 

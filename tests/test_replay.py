@@ -33,7 +33,7 @@ VALUES = [
 ]
 TABLE = SAMPLE.rows.assign(transaction_id=[f"tx_{row}" for row in range(ROWS)])
 LABELLED = TABLE.assign(is_fraud=SAMPLE.labels)
-KEY = b"a key of the record"
+KEY = "a key of the record"
 START = datetime(2026, 11, 18, tzinfo=UTC)  # a Wednesday
 
 Run = Callable[..., tuple[int, list[str]]]
@@ -54,11 +54,11 @@ def run(
     """Writes record and data, replays, and gives the exit status and the lines printed."""
     monkeypatch.chdir(tmp_path)
 
-    def run(lines: Lines, *words: str, table: pd.DataFrame = TABLE, key: bytes = b"", **variables: str) -> Any:
+    def run(lines: Lines, *words: str, table: pd.DataFrame = TABLE, **variables: str) -> Any:
         Path("log.ndjson").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
         table.to_csv("data.csv", index=False)
         options = replay.arguments(["--decisions", "log.ndjson", "--data", "data.csv", *words])
-        status = replay.run(options, config(**{"mlflow_tracking_uri": champion} | variables), key)
+        status = replay.run(options, config(**{"mlflow_tracking_uri": champion} | variables))
         return status, capsys.readouterr().out.splitlines()
 
     yield run
@@ -67,7 +67,7 @@ def run(
 
 def digest(values: list[Any]) -> str:
     """As the service makes it, by hand."""
-    return hmac.new(KEY, json.dumps(values, separators=(",", ":")).encode(), "sha256").hexdigest()[:32]
+    return hmac.new(KEY.encode(), json.dumps(values, separators=(",", ":")).encode(), "sha256").hexdigest()[:32]
 
 
 def record(model: Model, rows: range, digests: bool = False, release: str = "v1.2.3") -> Lines:
@@ -138,7 +138,7 @@ def test_compressed_and_parquet(champion: str, models: dict[str, Model], tmp_pat
     (tmp_path / "log.ndjson.gz").write_bytes(gzip.compress(text.encode()))
     TABLE.to_parquet(tmp_path / data) if data.endswith("parquet") else TABLE.to_csv(tmp_path / data, index=False)
     words = ("--decisions", "log.ndjson.gz", "--data", data)
-    environ = {"MLFLOW_TRACKING_URI": champion, "RECORD_KEY": KEY.decode()}
+    environ = {"MLFLOW_TRACKING_URI": champion, "RECORD_KEY": KEY}
     process = Process(sys.executable, str(HERE / "replay.py"), *words, environ=environ, cwd=tmp_path)
     status = process.wait(120)
     assert process.output_lines == [
@@ -157,7 +157,7 @@ def test_tampered_probability(run: Run, models: dict[str, Model]) -> None:
     for line in lines[100:112]:
         line["fraud_probability"] += 1e-6
     lines[0]["fraud_probability"] += 1e-10
-    status, printed = run(lines, key=KEY)
+    status, printed = run(lines, record_key=KEY)
     assert status == 3
     assert printed == [
         "log.ndjson: 1,000 decisions, 0 without data, 0 repeated",
@@ -191,14 +191,14 @@ def test_tampered_decision(run: Run, models: dict[str, Model]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("digests", "key", "cause"), [(True, KEY, "the data differs"), (False, KEY, UNKNOWN), (True, b"", UNKNOWN)]
+    ("digests", "key", "cause"), [(True, KEY, "the data differs"), (False, KEY, UNKNOWN), (True, "", UNKNOWN)]
 )
-def test_changed_transaction(run: Run, models: dict[str, Model], digests: bool, key: bytes, cause: str) -> None:
+def test_changed_transaction(run: Run, models: dict[str, Model], digests: bool, key: str, cause: str) -> None:
     """Only a digest tells whether it is the data that differs."""
     lines = record(models["1"], range(1000), digests)
     table = TABLE.assign(amount=TABLE["amount"].where(TABLE["transaction_id"] != "tx_7", 98_765.43))
     [now] = models["1"].scorer([[value] for value in [98_765.43, *VALUES[7][1:]]]).tolist()
-    status, printed = run(lines, table=table, key=key)
+    status, printed = run(lines, table=table, record_key=key)
     old, threshold = lines[7]["fraud_probability"], lines[7]["threshold"]
     flips = now >= threshold
     assert (status, printed) == (
@@ -218,7 +218,7 @@ def test_changed_transaction_that_scores_the_same(run: Run, models: dict[str, Mo
     """The digest finds it."""
     table = TABLE.assign(account_balance=TABLE["account_balance"] + (TABLE["transaction_id"] == "tx_7") * 1e-9)
     lines = record(models["1"], range(10), digests=True)
-    status, printed = run(lines, table=table, key=KEY)
+    status, printed = run(lines, table=table, record_key=KEY)
     assert status == 3
     assert printed[2].startswith("line 8, tx_7, request r-7: ")
     assert printed[2].endswith("; the data differs")
