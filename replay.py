@@ -54,6 +54,7 @@ import gzip
 import sqlite3
 import time
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
@@ -76,16 +77,18 @@ from versions import as_served
 TOLERANCE = 1e-9
 NAMED = 10  # differences that are named
 CHUNK = 20_000  # rows at a time
+UNREADABLE = (OSError, EOFError, zlib.error)  # a file that is not there, or broken
 SECONDS = 5.0  # between two lines of progress
 MOST_MEASURED = 200_000  # decisions that intervals are computed from
 MEASURES = ("average_precision", "recall", "precision", "cost")
+ENDS = ("on record", "now")
 WORDS = {True: "fraud", False: "not fraud"}
 CAUSES = {
     True: "the data is the same, the model or the record differs",
     False: "the data differs",
     None: "the data or the model differs, which only a digest and RECORD_KEY can tell",
 }
-# SQLite keeps both in a file without a name, which is gone when the program ends, and little of it in memory.
+# SQLite keeps both tables in a file without a name (SQLITE_TMPDIR, else /var/tmp), which is gone when the program ends.
 TABLES = f"""
 PRAGMA journal_mode = OFF;
 PRAGMA cache_size = -65536;
@@ -106,8 +109,6 @@ SAMPLE = """
 SELECT week, amount, label, old, before, new, after FROM decided
 WHERE label IS NOT NULL AND rowid % (1 + (SELECT MAX(rowid) FROM decided) / :most) = 0
 """
-
-ENDS = ("on record", "now")
 
 T = TypeVar("T")
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -205,7 +206,7 @@ def load_data(database: sqlite3.Connection, path: Path) -> None:
         database.execute("CREATE UNIQUE INDEX by_id ON data (id)")
     except sqlite3.IntegrityError:
         raise DataError(f"{path} cannot be replayed: {ID}: expected no id twice") from None
-    except (DataError, OSError, EOFError, ValueError, TypeError, pd.errors.ParserWarning) as error:
+    except (*UNREADABLE, DataError, ValueError, TypeError, pd.errors.ParserWarning) as error:
         raise DataError(f"{path} cannot be replayed: {str(error).strip().partition(chr(10))[0]}") from None
 
 
@@ -261,8 +262,8 @@ class Replay:
                 try:
                     each = decode(line)
                 except ValueError as error:
-                    self.unreadable, first = self.unreadable + 1, f"line {number}: {error}"
-                    self.first = self.first or first
+                    self.unreadable += 1
+                    self.first = self.first or f"line {number}: {error}"
                     continue
                 if each.status == 200:
                     self.decisions += 1
@@ -371,7 +372,8 @@ def compare(database: sqlite3.Connection, options: argparse.Namespace, instead: 
     table.to_csv(f"{path}.csv", index=False)
     text = markdown(table)
     if len(sample):
-        text += f"\n[ ]: 5 % to 95 % of {RESAMPLES} resamples of {len(sample):,} decisions\n"
+        low, high = INTERVAL
+        text += f"\n[ ]: {low:.0%} to {high:.0%} of {RESAMPLES} resamples of {len(sample):,} decisions\n"
     print(f"\n{text}")
     Path(f"{path}.md").write_text(f"# {decisions.name} with {instead}\n\n{text}", encoding="utf-8")
     return path
@@ -427,8 +429,10 @@ def main() -> int | str:
     """The exit status, or what went wrong."""
     try:
         return run(options, config)
-    except (DataError, OSError, EOFError, sqlite3.Error) as error:
-        return f"replay: {config.mask(str(error))}"
+    except DataError as error:
+        return f"replay: {error}"
+    except (*UNREADABLE, sqlite3.Error) as error:
+        return f"replay: {options.decisions} cannot be replayed: {error}"
 
 
 if __name__ == "__main__":

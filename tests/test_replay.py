@@ -309,6 +309,27 @@ def test_bad_data(run: Run, models: dict[str, Model], table: pd.DataFrame, messa
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "[Errno 2] No such file or directory: 'log.ndjson.gz'"),
+        (b"{}", "Not a gzipped file (b'{}')"),
+        (gzip.compress(b"{}")[:-1], "Compressed file ended before the end-of-stream marker was reached"),
+        (gzip.compress(b"{}" * 9)[:10] + b"\xff" * 9, "Error -3 while decompressing data: invalid block type"),
+    ],
+)
+def test_broken_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, message: str) -> None:
+    """One sentence, and exit status 1."""
+    monkeypatch.chdir(tmp_path)
+    TABLE.to_csv("data.csv", index=False)
+    if content is not None:
+        Path("log.ndjson.gz").write_bytes(content)
+    words = replay.arguments(["--decisions", "log.ndjson.gz", "--data", "data.csv"])
+    monkeypatch.setattr(replay, "options", words, raising=False)
+    monkeypatch.setattr(replay, "config", config(), raising=False)
+    assert replay.main() == f"replay: log.ndjson.gz cannot be replayed: {message}"
+
+
+@pytest.mark.parametrize(
     "words", [["--version", "x"], ["--threshold", "2"], ["--threshold", "nan"], ["--cost-review", "?"]]
 )
 def test_wrong_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,7 +392,7 @@ def test_another_version(run: Run, models: dict[str, Model], second: str, thresh
             for place, name in enumerate(names(what, True))
         ),
         "",
-        "[ ]: 5 % to 95 % of 100 resamples of 4,000 decisions",
+        "[ ]: 5% to 95% of 100 resamples of 4,000 decisions",
     ]
     path = f"found/log-{what.replace(', ', '-').replace(' ', '-')}"
     assert (status, printed) == (
@@ -413,7 +434,7 @@ def test_too_few_frauds(run: Run, models: dict[str, Model]) -> None:
     assert printed[13:] == [
         *(f"| {name} | too few |" for name in names("threshold 0.05", True)[9:]),
         "",
-        "[ ]: 5 % to 95 % of 100 resamples of 100 decisions",
+        "[ ]: 5% to 95% of 100 resamples of 100 decisions",
         "",
         "written: log-threshold-0.05.md and .csv",
     ]
