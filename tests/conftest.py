@@ -114,8 +114,8 @@ class Process:
 
     @property
     def log(self) -> str:
-        """What it has written, but for the lines of requests; of lines of JSON the level and the text."""
-        lines = [line for line in self.output_lines if '"logger":"request"' not in line]
+        """What it has written, but for the lines of requests and decisions; of lines of JSON the level and the text."""
+        lines = [line for line in self.output_lines if not re.search('"logger":"(request|decision)"', line)]
         return "".join(f"{readable(line)}\n" for line in lines)
 
     @property
