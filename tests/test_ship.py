@@ -20,7 +20,7 @@ import pytest
 import yaml
 from webtest import TestApp
 
-from config import LIBRARY_SECRET, SECRETS, Config, ConfigError
+from config import SECRET_VALUE, SECRETS, Config, ConfigError
 from conftest import HERE, config, free_port
 
 K8S = HERE / "k8s"
@@ -120,7 +120,7 @@ def test_settings(rendered: dict[str, Any]) -> None:
     found = {*settings(rendered), *secrets()}
     assert names - found == set()
     assert all(name.startswith(("MLFLOW_", "AWS_")) for name in found - names)
-    assert {*secrets()} == {name for name in found if name in SECRETS or LIBRARY_SECRET.fullmatch(name)}
+    assert {*secrets()} == {name for name in found if name in SECRETS or SECRET_VALUE.fullmatch(name)}
     assert {*secrets()} & {*settings(rendered)} == set()
     with pytest.raises(ConfigError, match="API_KEYS"):  # the placeholder is not a key
         Config.from_environ(settings(rendered) | secrets())
