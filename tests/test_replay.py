@@ -313,8 +313,8 @@ def test_bad_data(run: Run, models: dict[str, Model], table: pd.DataFrame, messa
     [
         (None, "[Errno 2] No such file or directory: 'log.ndjson.gz'"),
         (b"{}", "Not a gzipped file (b'{}')"),
-        (gzip.compress(b"{}")[:-1], "Compressed file ended before the end-of-stream marker was reached"),
-        (gzip.compress(b"{}" * 9)[:10] + b"\xff" * 9, "Error -3 while decompressing data: invalid block type"),
+        (gzip.compress(b"{}", mtime=0)[:-1], "Compressed file ended before the end-of-stream marker was reached"),
+        (gzip.compress(b"{}" * 9, mtime=0)[:10] + b"\xff" * 9, "Error -3 while decompressing data: invalid block type"),
     ],
 )
 def test_broken_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, message: str) -> None:
