@@ -8,14 +8,15 @@ import ipaddress
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import quote_plus
 
 MASK = "***"
 SECRETS = {"API_KEYS", "RECORD_KEY"}
-LIBRARY_SECRET = re.compile("(MLFLOW|AWS)_.*(KEY|PASSWORD|SECRET|TOKEN|USERNAME).*")
+SECRET_VALUE = re.compile("RECORD_KEY|(MLFLOW|AWS)_.*(KEY|PASSWORD|SECRET|TOKEN|USERNAME).*")
 LOOPBACK_ONLY = "a loopback address, unless API_KEYS or ALLOW_ANONYMOUS=true is set"
 KEY = r"([A-Za-z0-9-]+:)?[\w.~+/-]+=*"  # an optional name, and a bearer token (RFC 6750, section 2.1)
 
@@ -42,19 +43,16 @@ def _rule(
     """A parser that converts text that matches and is valid, and raises `ValueError(expected)` for any other."""
 
     def parse(text: str) -> Any:
-        try:
+        with suppress(ValueError):
             if re.fullmatch(pattern, text) and valid(value := convert(text)):
                 return value
-        except ValueError:
-            pass
         raise ValueError(expected)
 
     return parse
 
 
 def _whole(low: int, high: int) -> Callable[[str], Any]:
-    expected = f"a whole number from {low} to {high}"
-    return _rule(expected, "[0-9]+", int, lambda number: low <= number <= high)
+    return _rule(f"a whole number from {low} to {high}", "[0-9]+", int, lambda number: low <= number <= high)
 
 
 _registry = _rule("an http://, https:// or sqlite:/// address", r"(https?|sqlite)://\S+")
@@ -125,23 +123,19 @@ class Config:
                 shown = MASK if name in SECRETS else without_credentials(repr(text))
                 problems.append(f"{name} {'is not set' if text is None else f'is {shown}'}, expected {expected}")
         if not problems:
-            secrets = [value for name, value in environ.items() if value and LIBRARY_SECRET.fullmatch(name)]
-            secrets += [key for _, key in values["api_keys"] or ()] + [values["record_key"]] * bool(
-                values["record_key"]
-            )
+            found = [value for name, value in environ.items() if SECRET_VALUE.fullmatch(name)]
+            secrets = {*found, *map(str.strip, found), *(key for _, key in values["api_keys"] or ())} - {""}
             config = cls(**values, secrets=tuple(secrets))
-            problems = config._contradictions()
+            problems = list(config._contradictions())
         if problems:
             raise ConfigError("bad configuration: " + "; ".join(problems))
         return config
 
-    def _contradictions(self) -> list[str]:
-        problems = []
+    def _contradictions(self) -> Iterator[str]:
         if not self.may_listen_on(self.host):
-            problems.append(f"HOST is {self.host!r}, expected {LOOPBACK_ONLY}")
+            yield f"HOST is {self.host!r}, expected {LOOPBACK_ONLY}"
         if self.drain_seconds > self.graceful_timeout - 2:
-            problems.append(f"DRAIN_SECONDS is '{self.drain_seconds}', expected at least 2 less than GRACEFUL_TIMEOUT")
-        return problems
+            yield f"DRAIN_SECONDS is '{self.drain_seconds}', expected at least 2 less than GRACEFUL_TIMEOUT"
 
     def may_listen_on(self, host: str) -> bool:
         """Without keys the service listens on loopback only, unless the operator says otherwise."""

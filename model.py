@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import json
 import logging
-import math
 import os
 import re
 import resource
@@ -42,7 +41,7 @@ import treelite.sklearn
 from mlflow import MlflowClient
 from mlflow.models import Model as MLmodel
 from msgspec import Meta
-from scipy.special import expit
+from scipy.special import beta, expit
 
 from config import Config, without_credentials
 
@@ -137,15 +136,10 @@ MONEY = ("amount", "account_balance")
 values_of = attrgetter(*FIELDS)
 
 
-def _column_type(schema: dict[str, Any]) -> str:
-    """The MLflow column type of a field, from its JSON Schema."""
-    return "string" if schema["type"] == "string" else "long" if "multipleOf" in schema else "double"
-
-
 # [(column, MLflow type)], in column order: the signature that a model must have.
 SIGNATURE = [
-    (name, _column_type(schema))
-    for name, schema in msgspec.json.schema(Features)["$defs"]["Features"]["properties"].items()
+    (name, "string" if name == CATEGORY else "long" if "multipleOf" in rules else "double")
+    for name, rules in msgspec.json.schema(Features)["$defs"]["Features"]["properties"].items()
 ]
 DTYPES = {"string": "object", "long": "int64", "double": "float64"}
 
@@ -174,9 +168,7 @@ class Reference(msgspec.Struct, frozen=True):
     categories: list[str]
     transaction: Features
     # The share of the training scores in each decile; a tenth unless scores tie.
-    score_shares: Annotated[list[float], Meta(min_length=10, max_length=10)] = msgspec.field(
-        default_factory=lambda: [0.1] * 10
-    )
+    score_shares: Annotated[tuple[float, ...], Meta(min_length=10, max_length=10)] = (0.1,) * 10
 
     def __post_init__(self) -> None:
         ranges = [self.ranges.get(name, (1, 0)) for name in NUMBERS]
@@ -246,13 +238,8 @@ class Snapshot(msgspec.Struct, frozen=True):
 # reference. Their weights in the Shapley value of each field (64 × 6).
 COALITIONS = (np.arange(2 ** len(FIELDS))[:, None] >> np.arange(len(FIELDS)) & 1).astype(bool)
 _others = COALITIONS.sum(axis=1, keepdims=True) - COALITIONS
-_factorial = np.vectorize(math.factorial)
-SHAPLEY_WEIGHTS = (
-    np.where(COALITIONS, 1, -1)
-    * _factorial(_others)
-    * _factorial(len(FIELDS) - 1 - _others)
-    / math.factorial(len(FIELDS))
-)
+# beta(k + 1, n - k) is k! (n - 1 - k)! / n!
+SHAPLEY_WEIGHTS = np.where(COALITIONS, 1, -1) * beta(_others + 1, len(FIELDS) - _others)
 
 
 class Scorer:
@@ -310,23 +297,21 @@ class LeafMaskScorer(Scorer):
         self.categories, codes, places = encoding(pipeline[:-1])
         dump = json.loads(treelite.sklearn.import_model(pipeline[-1]).dump_as_json(pretty_print=False))
         self.base, self.average = dump["base_scores"][-1], dump["average_tree_output"]
-        if dump["postprocessor"] != ("identity_multiclass" if self.average else "sigmoid"):
-            raise ValueError(f"the link function is {dump['postprocessor']}")
-        float32 = not type(pipeline[-1]).__name__.startswith("Hist")
-        trees = [Tree(tree["nodes"], float32) for tree in dump["trees"]]
-        most = max(len(tree.leaves) for tree in trees)
+        trees = [tree["nodes"] for tree in dump["trees"]]
+        leaves = [add_masks(nodes) for nodes in trees]
+        most = max(map(len, leaves))
         if most > MOST_LEAVES:
             raise ValueError(f"a tree has {most} leaves, more than {MOST_LEAVES}")
-        self.leaves = np.array([tree.leaves + [0.0] * (most - len(tree.leaves)) for tree in trees]).ravel()
+        self.leaves = np.array([values + [0.0] * (most - len(values)) for values in leaves]).ravel()
         self.offsets = np.arange(len(trees)) * most
-        self.cuts = {name: cut_points(trees, place) for name, place in places.items()}
-        values = {name: {place: np.array([*self.cuts[name], np.inf])} for name, place in places.items()}
-        values[CATEGORY] = codes
-        kind = next(kind for kind in (np.uint8, np.uint16, np.uint32, np.uint64) if most <= np.iinfo(kind).bits)
-        rows = len(self.categories) + 1 + sum(len(cuts) + 1 for cuts in self.cuts.values())
-        if (size := rows * len(trees) * np.dtype(kind).itemsize) > MOST_TABLE_BYTES:
+        values = {name: {place: thresholds(trees, place)} for name, place in places.items()} | {CATEGORY: codes}
+        kind = np.min_scalar_type(2**most - 1)
+        rows = sum(len(next(iter(columns.values()))) for columns in values.values())
+        if (size := rows * len(trees) * kind.itemsize) > MOST_TABLE_BYTES:
             raise ValueError(f"its tables would take {size / 2**20:.0f} MB, more than {MOST_TABLE_BYTES / 2**20:.0f}")
         self.tables = [mask_table(trees, values[name], kind) for name in FIELDS]
+        rounded = np.asarray if type(pipeline[-1]).__name__.startswith("Hist") else float32_limits
+        self.cuts = {name: rounded(values[name][place][:-1]).tolist() for name, place in places.items()}
 
     def __call__(self, columns: Columns) -> Floats:
         parts = pieces(columns, ROWS_AT_A_TIME)
@@ -335,14 +320,14 @@ class LeafMaskScorer(Scorer):
     def masks(self, columns: Columns) -> list[Any]:
         """For each field, the leaves (n × trees) that its values leave over."""
         found = []
+        unknown = len(self.categories)
         for name, table, values in zip(FIELDS, self.tables, columns, strict=True):
-            if len(values) == 1:  # the same intervals as below, without the overhead of arrays
+            if len(values) == 1:  # the same rows as below, without the overhead of arrays
                 [value] = values
-                row = self.categories.get(value, -1) if name == CATEGORY else bisect_left(self.cuts[name], value)
-                found.append(table[row : row + 1] if row >= 0 else table[-1:])
+                row = self.categories.get(value, unknown) if name == CATEGORY else bisect_left(self.cuts[name], value)
+                found.append(table[row : row + 1])
             elif name == CATEGORY:
-                rows = np.fromiter(map(self.categories.get, values, repeat(-1)), np.intp, len(values))
-                found.append(table[rows])
+                found.append(table[list(map(self.categories.get, values, repeat(unknown)))])
             else:
                 found.append(table[np.searchsorted(self.cuts[name], np.asarray(values, np.float64))])
         return found
@@ -372,62 +357,51 @@ def pieces(columns: Columns, size: int) -> Iterator[Columns]:
     return ([values[start : start + size] for values in columns] for start in range(0, len(columns[0]), size))
 
 
-class Tree:
-    """A tree as treelite dumps it: the values of its leaves, and for every node the mask of the leaves below it."""
-
-    def __init__(self, nodes: list[dict[str, Any]], float32: bool) -> None:
-        self.leaves: list[float] = []
-        self.masks = [0] * len(nodes)
-        self.splits = [node for node in nodes if "leaf_value" not in node]
-        for node in reversed(nodes):  # children come after their parent
-            if "leaf_value" in node:
-                self.masks[node["node_id"]] = 1 << len(self.leaves)
-                self.leaves.append(
-                    node["leaf_value"][-1] if isinstance(node["leaf_value"], list) else node["leaf_value"]
-                )
-            else:
-                self.masks[node["node_id"]] = self.masks[node["left_child"]] | self.masks[node["right_child"]]
-        if float32:
-            for node in self.splits:
-                node["threshold"] = float32_threshold(node["threshold"])
+def add_masks(nodes: list[dict[str, Any]]) -> list[float]:
+    """Add to every node of a tree the mask of the leaves below it, and return the values of the leaves."""
+    leaves: list[float] = []
+    for node in reversed(nodes):  # children come after their parent
+        if "leaf_value" in node:
+            node["mask"] = 1 << len(leaves)
+            leaves.append(np.ravel(node["leaf_value"])[-1])
+        else:
+            node["mask"] = nodes[node["left_child"]]["mask"] | nodes[node["right_child"]]["mask"]
+    return leaves
 
 
-def float32_threshold(threshold: float) -> float:
-    """The largest float64 that is at most the threshold once it is rounded to float32, as forests round their input."""
-    below = np.float32(threshold)
-    if float(below) > threshold:
-        below = np.nextafter(below, np.float32(-np.inf))
-    middle = (float(below) + float(np.nextafter(below, np.float32(np.inf)))) / 2
-    return middle if np.float32(middle) <= below else float(np.nextafter(middle, -np.inf))
+def thresholds(trees: Sequence[Any], column: int) -> Floats:
+    """The thresholds of all nodes on a column, ascending, and infinity."""
+    found = {node["threshold"] for nodes in trees for node in nodes if node.get("split_feature_id") == column}
+    return np.array([*sorted(found), np.inf])
 
 
-def cut_points(trees: Sequence[Tree], column: int) -> list[float]:
-    """The thresholds of all nodes on a column, ascending."""
-    return sorted({node["threshold"] for tree in trees for node in tree.splits if node["split_feature_id"] == column})
+def float32_limits(limits: Floats) -> Floats:
+    """For each limit, the largest float64 that is within it after rounding to float32, as forests round their input."""
+    below = limits.astype(np.float32)
+    below = np.where(below > limits, np.nextafter(below, np.float32(-np.inf)), below)
+    middle = (below + np.nextafter(below, np.float32(np.inf)).astype(np.float64)) / 2
+    return np.where(middle.astype(np.float32) <= below, middle, np.nextafter(middle, -np.inf))
 
 
-def mask_table(trees: Sequence[Tree], values: dict[int, Floats], kind: Any) -> Any:
+def mask_table(trees: Sequence[Any], values: dict[int, Floats], kind: np.dtype[Any]) -> Any:
     """[row, tree]: the leaves that are left over by all nodes on some columns, for each row of their values."""
-    table = np.empty((len(trees), len(next(iter(values.values())))), kind)
-    for masks, tree in zip(table, trees, strict=True):
-        every = tree.masks[0]
-        masks[:] = every
-        for node in tree.splits:
-            if node["split_feature_id"] in values:
+    table = np.empty((len(next(iter(values.values()))), len(trees)), kind)
+    for number, nodes in enumerate(trees):
+        table[:, number] = every = nodes[0]["mask"]
+        for node in nodes:
+            if node.get("split_feature_id") in values:
                 left = goes_left(node, values[node["split_feature_id"]])
-                masks[left] &= every ^ tree.masks[node["right_child"]]
-                masks[~left] &= every ^ tree.masks[node["left_child"]]
-    return np.ascontiguousarray(table.T)
+                masks = [kind.type(every ^ nodes[node[child]]["mask"]) for child in ("right_child", "left_child")]
+                table[:, number] &= np.where(left, *masks)
+    return table
 
 
 def goes_left(node: dict[str, Any], values: Floats) -> Any:
     """Which values a node sends to its left child; NaN is an unknown category."""
     if node["node_type"] == "categorical_test_node":
         left = np.isin(values, node["category_list"]) ^ node["category_list_right_child"]
-    elif node["comparison_op"] == "<=":
-        left = values <= node["threshold"]
     else:
-        raise ValueError(f"a node compares with {node['comparison_op']}")
+        left = values <= node["threshold"]
     return np.where(np.isnan(values), node["default_left"], left)
 
 
@@ -563,18 +537,18 @@ def _check_golden(scorer: Scorer, golden: Sequence[Golden]) -> None:
 
 def choose_scorer(estimator: Any, golden: Sequence[Golden]) -> Scorer:
     """The leaf masks, if they agree with the pipeline on golden and generated rows; else the pipeline itself."""
-    pipeline, started = PipelineScorer(estimator), time.perf_counter()
+    pipeline = PipelineScorer(estimator)
     try:
         pipeline(columns_of([*golden, *_probes([])]))
     except ValueError as error:
         raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
     try:
         masks = LeafMaskScorer(estimator)
-        seconds, size = time.perf_counter() - started, sum(table.nbytes for table in masks.tables)
         columns = columns_of([*golden, *_probes([*masks.categories])])
         gap = np.abs(masks(columns) - pipeline(columns)).max()
         if gap <= LEAF_MASK_TOLERANCE:
-            log.info("leaf masks of %d trees: %.1f MB, %.2f s", len(masks.offsets), size / 2**20, seconds)
+            size = sum(table.nbytes for table in masks.tables)
+            log.info("leaf masks of %d trees: %.1f MB", len(masks.offsets), size / 2**20)
             return masks
         log.warning("no leaf masks: they differ from predict_proba by %.3g", gap)
     except Exception as error:  # the pipeline scores every model
@@ -745,16 +719,12 @@ def _unsafe(folder: Path) -> list[str]:
 
 def _untrusted(file: Path) -> list[str]:
     """The types, functions and loaders in a .skops file that are not on the lists of trusted ones."""
+    nodes: list[dict[str, Any]] = []
     with zipfile.ZipFile(file) as archive:
-        states = [json.loads(archive.read("schema.json"))]
-    found = set()
-    while states:
-        state = states.pop()
-        states += state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-        if isinstance(state, dict) and state.keys() & {"__loader__", "__module__", "__class__"}:
-            name = f"{state.get('__module__')}.{state.get('__class__')}"
-            found |= {name} - TRUSTED_TYPES | {str(state.get("__loader__"))} - TRUSTED_LOADERS
-    return sorted(found)
+        json.loads(archive.read("schema.json"), object_hook=nodes.append)  # every object in it, at any depth
+    nodes = [node for node in nodes if node.keys() & {"__loader__", "__module__", "__class__"}]
+    types = {f"{node.get('__module__')}.{node.get('__class__')}" for node in nodes}
+    return sorted(types - TRUSTED_TYPES | {str(node.get("__loader__")) for node in nodes} - TRUSTED_LOADERS)
 
 
 def new_folder(parent: str) -> Path:

@@ -48,10 +48,6 @@ PRIVATE = {
 current = threading.local()  # .request: what gunicorn has parsed of the request that this thread handles
 
 
-class Overloaded(ParseException):  # type: ignore[misc]
-    """Too many requests are in progress, or this one has waited too long."""
-
-
 class Worker(ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker, in which slow clients and overload cannot block others.
 
@@ -91,24 +87,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 return
 
     def enqueue_req(self, conn: TConn) -> None:
-        if len(self.active) < self.settings.max_connections or self.is_health_check(conn):
+        if len(self.active) < self.settings.max_connections or is_health_check(conn.sock):
             self.active[conn], conn.data_ready = [time.monotonic(), 0], True
             super().enqueue_req(conn)
         else:
             self.refuse(conn)
-
-    def is_health_check(self, conn: TConn) -> bool:
-        """Whether to answer in spite of overload; or else a busy service would be restarted."""
-        with suppress(OSError):  # nothing has come yet
-            return bool(conn.sock.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT).startswith(b"GET /health"))
-        return False
 
     def refuse(self, conn: TConn) -> None:
         """Answer 503 and close."""
         begun = b""
         with suppress(OSError):
             begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
-        self.handle_error(None, conn.sock, conn.client, Overloaded())
+        answer_problem(self.log, conn.sock, 503)
         self.nr_conns -= 1
         if 0 < len(begun) < 2**16:
             conn.close()
@@ -141,16 +131,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.nr_conns -= 1
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
-        """Answer what is not HTTP, and overload, with a problem that does not echo what was sent."""
-        if not isinstance(exc, ParseException):
+        if isinstance(exc, ParseException):
+            answer_problem(self.log, client, 400, req)
+        else:
             super().handle_error(req, client, addr, exc)
-            return
-        found = fraud_api.problem(503 if isinstance(exc, Overloaded) else 400)
-        record = {"request_id": fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)}
-        asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
-        self.log.answered({telemetry.RECORD: record, **asked}, found.status)
-        with suppress(OSError):  # the client may be gone
-            util.write_nonblock(client, last_response(structs.replace(found, **record)))
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         super().wait_for_and_dispatch_events(min(timeout, 1))
@@ -175,13 +159,25 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.tpool.shutdown()
 
 
-def last_response(found: fraud_api.Problem) -> bytes:
-    """An HTTP response with a problem, after which the connection is closed."""
+def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: Any = None) -> None:
+    """Answer overload, or what is not HTTP, with a problem that does not echo what was sent."""
+    request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
+    asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
+    log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, status)
+    found = structs.replace(fraud_api.problem(status), request_id=request_id)
     body = fraud_api.encode(found)
     fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
-    fields |= {"X-Request-ID": found.request_id} | ({"Retry-After": 1} if found.status == 503 else {})
-    lines = [f"HTTP/1.1 {found.status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
-    return "\r\n".join(lines).encode() + body
+    fields |= {"X-Request-ID": request_id} | ({"Retry-After": 1} if status == 503 else {})
+    lines = [f"HTTP/1.1 {status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    with suppress(OSError):  # the client may be gone
+        util.write_nonblock(client, "\r\n".join(lines).encode() + body)
+
+
+def is_health_check(connection: socket.socket) -> bool:
+    """Whether to answer in spite of overload; or else a busy service would be restarted."""
+    with suppress(OSError):  # nothing has come yet
+        return connection.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT).startswith(b"GET /health")
+    return False
 
 
 def close_slow(active: dict[TConn, list[float]], seconds: float) -> None:
@@ -306,7 +302,11 @@ class Supervisor:
         if len(self.server.WORKERS) < self.server.num_workers and not process.stopping[0]:
             process.metrics.add("worker_restarts")
         if not worker.ready[0] and worker.snapshot is process.snapshot is not self.served:
-            self.log.error("still serving %s, not %s: no worker for it", self.served.version, worker.snapshot.version)
+            self.log.error(
+                "still serving %s, not %s: no worker for it",
+                self.served.version,
+                cast(Snapshot, worker.snapshot).version,
+            )
             process.metrics.add("failed_reloads")
             process.snapshot = self.served
 

@@ -16,14 +16,16 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from http import HTTPStatus
 from select import PIPE_BUF, select
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 from gunicorn.glogging import Logger
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import Metric, generate_latest
 from prometheus_client.utils import floatToGoString
 
 from model import CATEGORY, FIELDS, Columns, Model, Reference
@@ -41,6 +43,7 @@ ROUTES = (
 )
 STATUSES = (200, 499, *(status.value for status in HTTPStatus if status >= HTTPStatus.BAD_REQUEST))
 SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, math.inf)
+LIMITS = [str(floatToGoString(limit)) for limit in SECONDS]  # type: ignore[no-untyped-call]
 DECILES = range(1, 11)
 # name: type, help, label names
 METRICS = {
@@ -60,7 +63,7 @@ METRICS = {
 CELLS: list[tuple[Any, ...]] = [
     *(("score_decile", "_total", decile) for decile in DECILES),
     *(("requests", "_total", route, status) for route in ROUTES for status in STATUSES),
-    *(("request_seconds", "_bucket", route, limit) for route in ROUTES for limit in SECONDS),
+    *(("request_seconds", "_bucket", route, limit) for route in ROUTES for limit in LIMITS),
     *(("request_seconds", end, route) for route in ROUTES for end in ("_count", "_sum")),
     *(("rows", "_total", decision) for decision in ("fraud", "legitimate", "invalid")),
     *(("unfamiliar_values", "_total", field) for field in FIELDS),
@@ -88,32 +91,27 @@ class Metrics:
         return next(fitting, len(self.blocks) - 1)
 
     def add(self, name: str, *labels: object, by: float = 1, suffix: str = "_total") -> None:
-        """Add to a counter. Threads hold `lock` meanwhile."""
-        self.own[self.cells[name, suffix, *labels]] += by
+        """Add to a counter."""
+        with self.lock:
+            self.own[self.cells[name, suffix, *labels]] += by
 
     def answered(self, route: str, status: int, seconds: float | None) -> None:
         """Count a request, and its duration where that is known."""
-        with self.lock:
-            self.add("requests", route, status)
-            if seconds is not None:
-                first = self.cells["request_seconds", "_bucket", route, SECONDS[bisect_left(SECONDS, seconds)]]
-                self.own[first : self.cells["request_seconds", "_bucket", route, math.inf] + 1] += 1  # cumulative
-                self.add("request_seconds", route, suffix="_count")
-                self.add("request_seconds", route, suffix="_sum", by=seconds)
-
-    def line_lost(self) -> None:
-        with self.lock:
-            self.add("log_lines_lost")
+        self.add("requests", route, status)
+        if seconds is not None:
+            first = self.cells["request_seconds", "_bucket", route, LIMITS[bisect_left(SECONDS, seconds)]]
+            with self.lock:
+                self.own[first : self.cells["request_seconds", "_bucket", route, "+Inf"] + 1] += 1  # cumulative
+            self.add("request_seconds", route, suffix="_count")
+            self.add("request_seconds", route, suffix="_sum", by=seconds)
 
     def text(self, model: Model) -> bytes:
         """Everything in Prometheus' text format; what is served and its load time are this worker's."""
         families = {name: Metric(f"fraud_api_{name}", text, kind) for name, (kind, text, _) in METRICS.items()}
         for (name, suffix, *labels), value in [*self.counts(), *gauges(model)]:
-            named = dict(zip(METRICS[name][2], map(shown, labels), strict=False))  # sums have no `le`
+            named = dict(zip(METRICS[name][2], map(str, labels), strict=False))  # sums have no `le`
             families[name].add_sample(f"fraud_api_{name}{suffix}", named, value)
-        registry = CollectorRegistry()
-        registry.collect = families.values  # type: ignore[method-assign]
-        return generate_latest(registry)
+        return generate_latest(SimpleNamespace(collect=families.values))
 
     def counts(self) -> Iterator[tuple[tuple[Any, ...], float]]:
         """Every cell and its number over all processes, but for combinations of route and status without requests."""
@@ -124,11 +122,6 @@ class Metrics:
         for version in {*used[:, 0].tolist()} - {-1}:
             counts = used[used[:, 0] == version].sum(axis=0)[1 : len(DECILES) + 1]
             yield from (((*cell, f"{version:.0f}"), number) for cell, number in zip(CELLS, counts, strict=False))
-
-
-def shown(label: object) -> str:
-    """A label's value as Prometheus writes it."""
-    return str(floatToGoString(label)) if isinstance(label, float) else str(label)  # type: ignore[no-untyped-call]
 
 
 def gauges(model: Model) -> Iterator[tuple[tuple[Any, ...], float]]:
@@ -157,14 +150,12 @@ class ScoreRecorder:
                 ("unfamiliar_values", field, self.unfamiliar(field, values))
                 for field, values in zip(FIELDS, columns, strict=True)
             ]
-        with self.metrics.lock:
-            for name, label, count in counts:
-                if count:
-                    self.metrics.add(name, label, by=count)
+        for name, label, count in counts:
+            if count:
+                self.metrics.add(name, label, by=count)
 
     def invalid(self, count: int) -> None:
-        with self.metrics.lock:
-            self.metrics.add("rows", "invalid", by=count)
+        self.metrics.add("rows", "invalid", by=count)
 
     def unfamiliar(self, field: str, values: Sequence[Any]) -> int:
         """How many of a field's values training had none of: unknown categories, numbers outside the range."""
@@ -241,7 +232,7 @@ class Log(Logger):  # type: ignore[misc]
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
-        self.output = Output(self.metrics.line_lost, type(self).mask)
+        self.output = Output(partial(self.metrics.add, "log_lines_lost"), type(self).mask)
         logging.basicConfig(handlers=[self.output], level=logging.WARNING, force=True)
         for logger in (self.error_log, logging.getLogger("mlflow")):
             logger.handlers, logger.propagate = [], True
