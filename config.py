@@ -153,10 +153,8 @@ class Config:
 
     def __repr__(self) -> str:
         shown = {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
-        shown |= {
-            "api_keys": [f"{name}:{MASK}" for name, _ in self.api_keys or ()],
-            "record_key": self.record_key and MASK,
-        }
+        keys = [f"{name}:{MASK}" for name, _ in self.api_keys or ()]
+        shown |= {"api_keys": keys, "record_key": self.record_key and MASK}
         return without_credentials(" ".join(f"{name.upper()}={value!r}" for name, value in shown.items()))
 
 

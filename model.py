@@ -310,6 +310,7 @@ class LeafMaskScorer(Scorer):
         if (size := rows * len(trees) * kind.itemsize) > MOST_TABLE_BYTES:
             raise ValueError(f"its tables would take {size / 2**20:.0f} MB, more than {MOST_TABLE_BYTES / 2**20:.0f}")
         self.tables = [mask_table(trees, values[name], kind) for name in FIELDS]
+        # Forests round their input to float32. The order of the limits stays the same, so the tables still fit.
         rounded = np.asarray if type(pipeline[-1]).__name__.startswith("Hist") else float32_limits
         self.cuts = {name: rounded(values[name][place][:-1]).tolist() for name, place in places.items()}
 
@@ -319,15 +320,15 @@ class LeafMaskScorer(Scorer):
 
     def masks(self, columns: Columns) -> list[Any]:
         """For each field, the leaves (n × trees) that its values leave over."""
-        found = []
-        unknown = len(self.categories)
+        found, unknown = [], len(self.categories)
         for name, table, values in zip(FIELDS, self.tables, columns, strict=True):
             if len(values) == 1:  # the same rows as below, without the overhead of arrays
                 [value] = values
                 row = self.categories.get(value, unknown) if name == CATEGORY else bisect_left(self.cuts[name], value)
                 found.append(table[row : row + 1])
             elif name == CATEGORY:
-                found.append(table[list(map(self.categories.get, values, repeat(unknown)))])
+                rows = np.fromiter(map(self.categories.get, values, repeat(unknown)), np.intp, len(values))
+                found.append(table[rows])
             else:
                 found.append(table[np.searchsorted(self.cuts[name], np.asarray(values, np.float64))])
         return found

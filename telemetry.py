@@ -90,20 +90,21 @@ class Metrics:
         fitting = (n for n, block in enumerate(self.blocks) if n not in taken and block[0] in (0, version))
         return next(fitting, len(self.blocks) - 1)
 
-    def add(self, name: str, *labels: object, by: float = 1, suffix: str = "_total") -> None:
+    def add(self, name: str, *labels: object, by: float = 1) -> None:
         """Add to a counter."""
         with self.lock:
-            self.own[self.cells[name, suffix, *labels]] += by
+            self.own[self.cells[name, "_total", *labels]] += by
 
     def answered(self, route: str, status: int, seconds: float | None) -> None:
         """Count a request, and its duration where that is known."""
-        self.add("requests", route, status)
-        if seconds is not None:
-            first = self.cells["request_seconds", "_bucket", route, LIMITS[bisect_left(SECONDS, seconds)]]
-            with self.lock:
-                self.own[first : self.cells["request_seconds", "_bucket", route, "+Inf"] + 1] += 1  # cumulative
-            self.add("request_seconds", route, suffix="_count")
-            self.add("request_seconds", route, suffix="_sum", by=seconds)
+        own, cells = self.own, self.cells
+        with self.lock:
+            own[cells["requests", "_total", route, status]] += 1
+            if seconds is not None:
+                first = cells["request_seconds", "_bucket", route, LIMITS[bisect_left(SECONDS, seconds)]]
+                own[first : cells["request_seconds", "_bucket", route, "+Inf"] + 1] += 1  # cumulative
+                own[cells["request_seconds", "_count", route]] += 1
+                own[cells["request_seconds", "_sum", route]] += seconds
 
     def text(self, model: Model) -> bytes:
         """Everything in Prometheus' text format; what is served and its load time are this worker's."""
