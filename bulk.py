@@ -70,7 +70,7 @@ def scored(batch: pyarrow.RecordBatch, model: Model) -> pyarrow.RecordBatch:
 
 
 def expressions(name: str, table: sql.DataFrame, text: list[str]) -> tuple[str, str]:
-    """A field in SQL: its value for the scorer, and the error of a row that breaks its rule.
+    """A field in SQL: its value for the scorer, named as no other column, and the error of a row that breaks its rule.
 
     Columns in `text` are read as text. Ends the program with one sentence if the column is missing or of another type.
     """
@@ -82,7 +82,7 @@ def expressions(name: str, table: sql.DataFrame, text: list[str]) -> tuple[str, 
     if rule["type"] != "string":  # to Spark, NaN is above all numbers
         kept = f"{value} BETWEEN {rule.get('minimum', -LARGEST)}D AND {rule.get('maximum', LARGEST)}D"
         kept += f" AND {value} % 1 = 0" * ("multipleOf" in rule)
-    return value, f"CASE WHEN {kept} THEN NULL ELSE '{name}: expected {rule['description']}' END"
+    return f"{value} AS `({name})`", f"CASE WHEN {kept} THEN NULL ELSE '{name}: expected {rule['description']}' END"
 
 
 def summary(written: sql.DataFrame, model: Model, seconds: float) -> dict[str, object]:
