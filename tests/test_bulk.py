@@ -182,7 +182,7 @@ def test_csv(
         (["--input", "{folder}/missing"], "bulk: column amount of the input is missing, expected number"),
         (["--input", "{folder}/text"], "bulk: column hour of the input is string, expected number"),
         (["--columns", "nothing"], "bulk: [UNRESOLVED_COLUMN.WITH_SUGGESTION] "),
-        (["--columns", "error"], "bulk: [COLUMN_ALREADY_EXISTS] "),
+        (["--columns", "error"], "bulk: [AMBIGUOUS_REFERENCE] Reference `error` is ambiguous"),
         (["--output", "{folder}/old"], "bulk: [PATH_ALREADY_EXISTS] Path file:{folder}/old already exists."),
         (["--model", "fraud-detector"], "bulk: bad configuration: MODEL_URI is 'fraud-detector', expected models:/"),
         (["--model", f"models:/{NAME}/99"], f"bulk: models:/{NAME}/99 at http://"),
