@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := $(or $(shell command -v uv),$(BIN)/uv)
 # Settings come from the environment and the command line (`make run PORT=9000`), then .env, then .env.example.
 WITH_ENV := $(UV) run --quiet --no-project --env-file .env.example $(if $(wildcard .env),--env-file .env) --
-SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes --build-constraints requirements-build.txt \
+SYNC = $(UV) pip sync --python $(BIN)/python --require-hashes --build-constraints requirements-build.txt \
 	--compile-bytecode
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 	$(if $(UPGRADE),--upgrade)
@@ -25,7 +25,7 @@ CA = --secret id=ca,src="$(SSL_CERT_FILE)"
 export PYTHONDONTWRITEBYTECODE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help install run model serve test lint size checkov chaos bench bench-models
+.PHONY: help install run model serve test bulk-test lint size checkov chaos bench bench-models
 .PHONY: image image-test end-to-end release-model lock clean
 
 help: ## list the commands
@@ -58,6 +58,24 @@ serve: install ## serve the registered model
 test: install ## run all tests
 	$(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m alone
+
+# bulk.py needs Spark, which is not in .venv: an environment of its own, and Java.
+.venv-bulk/installed: BIN := .venv-bulk/bin
+.venv-bulk/installed: UV := $(or $(shell command -v uv),.venv-bulk/bin/uv)
+.venv-bulk/installed: requirements-dev.txt requirements-bulk.txt
+	@test ! -L .venv-bulk || { echo ".venv-bulk is a link, whose target would be emptied: remove the link" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv-bulk
+	@command -v uv >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check uv
+	sed '/^gunicorn-h1c==/,/[^\]$$/d' requirements-dev.txt > .venv-bulk/without-c.txt
+	$(SYNC) .venv-bulk/without-c.txt requirements-bulk.txt
+	@touch $@
+
+bulk-test: ## test bulk.py on a local Spark, in .venv-bulk; needs Java 17 or newer
+	@found=$$("$${JAVA_HOME:+$$JAVA_HOME/bin/}java" -XshowSettings:properties -version 2>&1 \
+		| sed -n 's/^ *java.specification.version = //p'); \
+	if test "$${found:-0}" -ge 17 2> /dev/null; then \
+		$(MAKE) --no-print-directory .venv-bulk/installed && .venv-bulk/bin/python -m pytest tests/test_bulk.py; \
+	else echo "no Java 17 or newer: bulk.py was not tested"; fi
 
 lint: install ## check style and types of code, scripts, Dockerfile and workflows
 	$(BIN)/ruff check .
@@ -116,7 +134,8 @@ lock: ## pin the packages in requirements*.in with hashes; UPGRADE=1 takes the n
 	$(LOCK) requirements-dev.in --output-file requirements-dev.txt
 	$(LOCK) --constraint requirements-dev.txt requirements.in --output-file requirements.txt
 	$(LOCK) --constraint requirements-dev.txt requirements-build.in --output-file requirements-build.txt
+	$(LOCK) --constraint requirements-dev.txt requirements-bulk.in --output-file requirements-bulk.txt
 
 clean: ## remove the environment, the local registry and caches
-	rm -rf .venv .mlflow mlruns .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bulk .mlflow mlruns .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

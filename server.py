@@ -24,6 +24,9 @@ from typing import Any, cast
 from gunicorn import util
 from gunicorn.arbiter import Arbiter
 from gunicorn.http.errors import ParseException
+from gunicorn.http.message import Request
+from gunicorn.http.parser import RequestParser
+from gunicorn.http.unreader import Unreader
 from gunicorn.workers.gthread import TConn, ThreadWorker
 from msgspec import structs
 
@@ -36,13 +39,17 @@ from model import ModelError, ModelFetcher, Snapshot
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
 ACCEPTS = 64  # connections accepted in one turn of the main loop
-PRIVATE = {
+PRIVATE = {  # methods and functions; attributes
     ThreadWorker: (
         "accept enqueue_req finish_request handle handle_request get_thread_pool set_accept_enabled run handle_error "
         "wait_for_and_dispatch_events on_client_socket_readable init_process",
-        "alive booted keepalived_conns max_keepalived method_queue nr_conns poller tpool worker_connections",
+        "alive booted keepalived_conns max_keepalived nr_conns poller tpool worker_connections",
     ),
-    TConn: ("set_timeout close", "client data_ready parser sock timeout"),
+    TConn: ("set_timeout close", "data_ready parser sock timeout"),
+    RequestParser: ("", "unreader"),
+    Unreader: ("take_buffered unread", ""),
+    Request: ("force_close", "headers"),
+    util: ("close_graceful write_nonblock", ""),
     Arbiter: ("manage_workers handle_hup handle_term", "WORKERS num_workers"),
 }
 current = threading.local()  # .request: what gunicorn has parsed of the request that this thread handles

@@ -23,7 +23,7 @@ DOCUMENTED = {
     Arbiter: {"log"},
     Request: {"method", "path"},
 }
-# Expressions in the classes of server.py, and what of gunicorn they hold.
+# Expressions in the classes and functions of server.py, and what of gunicorn they hold.
 HOLDS = {
     "Worker": {
         "self": ThreadWorker,
@@ -33,6 +33,9 @@ HOLDS = {
         "req": Request,
         "util": util,
     },
+    "answer_problem": {"req": Request, "util": util},
+    "close_connection": {"current.request": Request},
+    "close_slow": {"conn": TConn},
     "Supervisor": {"server": Arbiter, "self.server": Arbiter, "worker": ThreadWorker},
 }
 
@@ -52,7 +55,7 @@ def listed(owner: Any) -> set[str]:
 def uses() -> Iterator[tuple[Any, str]]:
     """Every name of gunicorn's that the classes in server.py override, read or set, and what it belongs to."""
     for definition in ast.parse((HERE / "server.py").read_text()).body:
-        if isinstance(definition, ast.ClassDef) and definition.name in HOLDS:
+        if isinstance(definition, ast.ClassDef | ast.FunctionDef) and definition.name in HOLDS:
             holds = HOLDS[definition.name]
             for node in ast.walk(definition):
                 if isinstance(node, ast.FunctionDef) and "self" in holds:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
+from sklearn.base import BaseEstimator, ClassifierMixin
 
 import data
 import train
@@ -183,20 +184,24 @@ def test_broken_chunks(service: Service, path: str, kind: str, body: bytes) -> N
 def test_error_amid_a_stream(champion: str) -> None:
     """A model that fails when answers have gone out already: that stream is cut off, and the worker goes on."""
 
-    class Fails(mlflow.pyfunc.PythonModel):
-        def predict(self, context, model_input, params=None):
-            if (model_input["amount"] == 666).any():
-                raise RuntimeError(f"cannot score {model_input}")
-            return model_input["hour"] / 100
+    class Fails(ClassifierMixin, BaseEstimator):
+        classes_ = np.array([0, 1])
+
+        def predict_proba(self, rows):
+            if (rows["amount"] == 666).any():
+                raise RuntimeError(f"cannot score {rows}")
+            fraud = rows["hour"].to_numpy() / 100
+            return np.column_stack([1 - fraud, fraud])
 
     row = data.generate(1, 0).rows.iloc[0].to_dict()
     with mlflow.start_run():
-        mlflow.pyfunc.log_model(
+        mlflow.sklearn.log_model(
+            Fails(),
             name="fails",
-            python_model=Fails(),
             registered_model_name="fails",
             signature=ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE])),
             metadata={"threshold": 0.5, "golden": [row | {"fraud_probability": row["hour"] / 100}]},
+            serialization_format="cloudpickle",
             pip_requirements=[],
         )
     options = {"model_uri": "models:/fails/1", "model_allow_unsafe": "true", "web_concurrency": "1"}
@@ -386,7 +391,7 @@ def test_s3(champion: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> Non
 
 SERVED = [
     *("fraud_api.py", "model.py", "server.py", "telemetry.py", "config.py", "gunicorn.conf.py"),
-    *("openapi.json", "page.html"),
+    *("openapi.json", "page.html", "version.json"),
 ]
 
 

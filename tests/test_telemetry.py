@@ -301,34 +301,6 @@ def test_lines_are_whole(piped: Piped) -> None:
     assert len([line for line in piped.lines() if line["logger"] == "request"]) + lost == piped.asked + 1
 
 
-def test_long_lines_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor do lines that are longer than what a pipe takes at once, such as tracebacks."""
-    reader, writer = os.pipe()
-    log: list[bytes] = []
-
-    def read() -> None:
-        while data := os.read(reader, 3000):
-            log.append(data)
-            time.sleep(0.0001)
-
-    def write(letter: str) -> None:
-        output, record = Output(lambda: None, str), logging.makeLogRecord({"msg": letter * 10_000})
-        for _ in range(100):
-            output.emit(record)
-        while output.lines:
-            output.drain()
-
-    reading = threading.Thread(target=read)
-    reading.start()
-    with os.fdopen(writer, "w") as stdout, ThreadPoolExecutor(2) as pool:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        assert [*pool.map(write, "ab")] == [None, None]
-    reading.join()
-    os.close(reader)
-    messages = [json.loads(line)["message"] for line in b"".join(log).splitlines()]
-    assert {"".join(sorted({*message})) for message in messages} == {"a", "b"}
-
-
 def test_a_stop_while_nobody_reads_the_log(piped: Piped) -> None:
     """It takes no longer than otherwise."""
     assert {piped.ask(f"unread-{number}") for number in range(100)} == {200}
