@@ -98,19 +98,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.active[conn], conn.data_ready = [time.monotonic(), 0], True
             super().enqueue_req(conn)
         else:
-            self.refuse(conn)
-
-    def refuse(self, conn: TConn) -> None:
-        """Answer 503 and close."""
-        begun = b""
-        with suppress(OSError):
-            begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
-        answer_problem(self.log, conn.sock, 503)
-        self.nr_conns -= 1
-        if 0 < len(begun) < 2**16:
-            conn.close()
-        else:  # more is to come, and would reset the connection before the answer is read
-            self.tpool.submit(util.close_graceful, conn.sock)
+            refuse(self, conn)
 
     def handle(self, conn: TConn) -> bool:
         """In a thread: handle a request, and those that the client has sent behind it without waiting."""
@@ -178,6 +166,19 @@ def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: 
     lines = [f"HTTP/1.1 {status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     with suppress(OSError):  # the client may be gone
         util.write_nonblock(client, "\r\n".join(lines).encode() + body)
+
+
+def refuse(worker: Worker, conn: TConn) -> None:
+    """Answer 503 and close."""
+    begun = b""
+    with suppress(OSError):  # nothing has come yet
+        begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
+    answer_problem(worker.log, conn.sock, 503)
+    worker.nr_conns -= 1
+    if 0 < len(begun) < 2**16:
+        conn.close()
+    else:  # more is to come, and would reset the connection before the answer is read
+        worker.tpool.submit(util.close_graceful, conn.sock)
 
 
 def is_health_check(connection: socket.socket) -> bool:

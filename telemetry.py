@@ -41,7 +41,7 @@ ROUTES = (
     *("/", "/predict", "/predict/batch", "/health", "/health/live", "/health/ready"),
     *("/metrics", "/openapi.json", "/version", "-"),
 )
-STATUSES = (200, 499, *(status.value for status in HTTPStatus if status >= HTTPStatus.BAD_REQUEST))
+STATUSES = (200, *(status.value for status in HTTPStatus if status >= HTTPStatus.BAD_REQUEST))
 SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, math.inf)
 LIMITS = [str(floatToGoString(limit)) for limit in SECONDS]  # type: ignore[no-untyped-call]
 DECILES = range(1, 11)
@@ -182,7 +182,8 @@ class Output(logging.Handler):
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
-        while self.wanted and self.wanted.wait():
+        while self.wanted:
+            self.wanted.wait(timeout=1)  # or look again whether a reader that had stalled goes on
             time.sleep(WRITE_SECONDS)
             self.wanted.clear()
             self.drain()

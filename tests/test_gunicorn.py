@@ -36,6 +36,7 @@ HOLDS = {
     "answer_problem": {"req": Request, "util": util},
     "close_connection": {"current.request": Request},
     "close_slow": {"conn": TConn},
+    "refuse": {"conn": TConn, "util": util, "worker": ThreadWorker},
     "Supervisor": {"server": Arbiter, "self.server": Arbiter, "worker": ThreadWorker},
 }
 

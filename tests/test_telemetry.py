@@ -4,7 +4,6 @@ import ast
 import fcntl
 import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -40,7 +39,7 @@ from chaos import Relay
 from conftest import BODY, HERE, LINE, NAME, TRANSACTION, Service, client_of, config, free_port, running, wait_until
 from fraud_api import Batch, Prediction, Predictions, Problem, Process, create_app
 from model import Features, Model, Transaction, columns_of
-from telemetry import METRICS, Metrics, Output, ScoreRecorder
+from telemetry import METRICS, Metrics, ScoreRecorder
 
 KEY = "k3y-of-the-tests"
 BAD = TRANSACTION | {"hour": 24}
@@ -443,7 +442,7 @@ def test_the_rules_are_about_what_there_is() -> None:
     every = [rule for group in yaml.safe_load(rules)["spec"]["groups"] for rule in group["rules"]]
     recorded = {rule["record"]: " ".join(rule["expr"].split()) for rule in every if "record" in rule}
     assert {*re.findall(r"fraud_api:\w+:\w+", rules)} == {*recorded}
-    readme = " ".join((HERE / "README.md").read_text().split())
+    readme = " ".join((HERE / "k8s/README.md").read_text().split())
     assert all(expression in readme for expression in recorded.values())
 
 
