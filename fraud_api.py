@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from random import getrandbits
@@ -195,7 +195,7 @@ def media_type(req: falcon.Request) -> str:
 
 
 def read_lines(stream: Any, longest: int) -> Iterator[list[bytes]]:
-    """The lines of a stream, as many at a time as have come. The middle of a line beyond `longest` is left out."""
+    """The lines of a stream, a piece at a time. The middle of a line beyond `longest` is left out."""
     rest, size = b"", FIRST_READ
     while data := read(stream, size):
         *lines, rest = (rest + data).split(b"\n")
@@ -339,7 +339,8 @@ class PredictBatch:
         explain = self.predictor.asked_to_explain(req)
         if media_type(req) == NDJSON:
             req.env[READ] = True
-            resp.content_type, resp.stream = NDJSON, self.answer_stream(req.stream, explain, req.env[RECORD])
+            answers = self.answer_stream(req.stream, explain, req.env[RECORD])
+            resp.content_type, resp.stream = NDJSON, chain([next(answers, b"")], answers)
             return
         body = read_json(req, self.config.max_body_bytes)
         with self.turns:
@@ -360,14 +361,20 @@ class PredictBatch:
 
     def answer_stream(self, stream: Any, explain: bool, record: dict[str, Any]) -> Iterator[bytes]:
         """JSON lines in, as they come; for each a line out, a prediction or a problem, in order, in constant memory."""
+        started = False
         try:
             for lines in read_lines(stream, self.config.max_line_bytes):
                 with self.turns:
                     rows = decode_rows(lines, record.get("rows", 0), self.config.max_line_bytes)
                     predictions = iter(self.predictor.predict_rows(rows, explain, record))
                     answers = encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
-                yield answers
+                if answers:
+                    started = True
+                    yield answers
         except Exception as error:
+            if not started:  # it is answered as any other
+                raise
+            record["detail"] = "the stream was cut off"
             if not isinstance(error, (falcon.HTTPError, OSError)):
                 report(record, error)
             raise ConnectionResetError(errno.ECONNRESET, "the stream failed") from None  # gunicorn closes it quietly

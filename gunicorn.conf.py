@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 
 sys.dont_write_bytecode = True  # the service writes no file to any disk
 
@@ -42,7 +43,7 @@ bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{sett
 workers = settings.web_concurrency
 threads = settings.threads
 worker_class = processes.Worker
-worker_connections = 2 * settings.max_connections  # as many may be idle
+worker_connections = 3 * settings.max_connections  # in progress, idle, and health checks
 keepalive = 75  # longer than proxies keep idle connections, or they send a request on one that was just closed
 graceful_timeout = max(settings.graceful_timeout - settings.drain_seconds - 1, 1)  # 1 for what comes before and after
 timeout = graceful_timeout + 10  # a worker that finishes its requests gives no sign of life
@@ -54,10 +55,6 @@ control_socket_disable = True  # it would be a file under $HOME
 def on_starting(server):
     """Before the first worker: log the configuration, fetch the model, or end with one line."""
     server.log.info("%r", settings)
-    for address in server.cfg.address:
-        if isinstance(address, tuple) and not settings.may_listen_on(address[0]):  # gunicorn --bind
-            server.log.critical("cannot listen on %s: expected %s", address[0], LOOPBACK_ONLY)
-            sys.exit(1)
     try:
         server.folder = new_folder(settings.memory_dir)
         seconds = settings.model_load_timeout - (time.monotonic() - started)
@@ -86,6 +83,11 @@ def when_ready(server):
     """Let the kernel keep connections until data arrives on them, so that a silent one takes no thread (tcp(7))."""
     for listener in server.LISTENERS:
         if listener.sock.family in (socket.AF_INET, socket.AF_INET6):
+            host = listener.sock.getsockname()[0]
+            if not settings.may_listen_on(host):  # by gunicorn --bind, or a socket that was handed over
+                server.log.critical("cannot listen on %s: expected %s", host, LOOPBACK_ONLY)
+                on_exit(server)
+                sys.exit(1)
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, settings.slow_seconds)
 
 
@@ -98,7 +100,7 @@ def pre_fork(server, worker):
 def post_fork(server, worker):
     """Metrics of its own; and a grace period that ends before the master kills it."""
     process.metrics.use(worker.block, int(worker.snapshot.number))
-    process.log_line = worker.log.output.put
+    process.log_line = partial(worker.log.output.put, patient=True)
     server.cfg.set("graceful_timeout", max(server.cfg.graceful_timeout - 1, 1))
 
 

@@ -60,7 +60,8 @@ ROWS_AT_A_TIME = 256  # so that masks and leaf values of a piece stay in the CPU
 LARGEST = 1e30
 
 # Everything that a model in skops format may consist of. None of these types and functions reads files, opens
-# connections or runs code that is part of the artifact.
+# connections or runs code that is part of the artifact. (A malformed tree can still crash the process that scores.)
+SKOPS_PROTOCOL = 2
 TRUSTED_LOADERS = {
     *("CachedNode", "DTypeNode", "DictNode", "FunctionNode", "JsonNode", "ListNode", "LossNode", "NdArrayNode"),
     *("ObjectNode", "PartialNode", "RandomGeneratorNode", "RandomStateNode", "SetNode", "SliceNode", "TreeNode"),
@@ -645,6 +646,7 @@ def limit_memory(megabytes: int) -> None:
     [used] = re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
     limit = int(used) * 1024 + megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes * 2**20, megabytes * 2**20))  # of a file that is downloaded
 
 
 def _find(config: Config, folder: Path, served: Snapshot | None) -> Snapshot:
@@ -704,13 +706,14 @@ def _unsafe(folder: Path) -> list[str]:
     flavors = MLmodel.load(folder).flavors
     pyfunc, sklearn = flavors.get("python_function", {}), flavors.get("sklearn", {})
     file = str(pyfunc.get("model_path"))
-    rules = [
+    rules: list[tuple[str, Any, Any]] = [
         ("loader_module", pyfunc.get("loader_module"), "mlflow.sklearn"),
         ("serialization_format", sklearn.get("serialization_format"), "skops"),
         ("model_path", file, Path(file).name),
         ("code_paths", pyfunc.get("code") or sklearn.get("code"), None),
         ("data", pyfunc.get("data"), None),
         ("config", pyfunc.get("config"), None),
+        ("skops_trusted_types", sorted({*(sklearn.get("skops_trusted_types") or ())} - TRUSTED_TYPES), []),
     ]
     found = [
         f"{name} is {value}, expected {expected or 'none'}" for name, value, expected in rules if value != expected
@@ -722,7 +725,9 @@ def _untrusted(file: Path) -> list[str]:
     """The types, functions and loaders in a .skops file that are not on the lists of trusted ones."""
     nodes: list[dict[str, Any]] = []
     with zipfile.ZipFile(file) as archive:
-        json.loads(archive.read("schema.json"), object_hook=nodes.append)  # every object in it, at any depth
+        json.loads(archive.read("schema.json"), object_hook=nodes.append)  # every object in it, the whole one last
+    if (protocol := nodes[-1].get("protocol")) != SKOPS_PROTOCOL:  # it decides where skops finds a name
+        return [f"skops protocol {protocol}"]
     nodes = [node for node in nodes if node.keys() & {"__loader__", "__module__", "__class__"}]
     types = {f"{node.get('__module__')}.{node.get('__class__')}" for node in nodes}
     return sorted(types - TRUSTED_TYPES | {str(node.get("__loader__")) for node in nodes} - TRUSTED_LOADERS)

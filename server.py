@@ -43,7 +43,7 @@ PRIVATE = {  # methods and functions; attributes
     ThreadWorker: (
         "accept enqueue_req finish_request handle handle_request get_thread_pool set_accept_enabled run handle_error "
         "wait_for_and_dispatch_events on_client_socket_readable init_process",
-        "alive booted keepalived_conns max_keepalived nr_conns poller tpool worker_connections",
+        "alive booted keepalived_conns max_keepalived nr_conns poller tpool",
     ),
     TConn: ("set_timeout close", "data_ready parser sock timeout"),
     RequestParser: ("", "unreader"),
@@ -68,7 +68,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
-        self.max_keepalived = self.worker_connections // 2
+        self.max_keepalived = self.settings.max_connections
         self.watched = self.born
         self.active: dict[TConn, list[float]] = {}  # requests in progress: since when watched, bytes moved by then
 
@@ -117,7 +117,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def finish_request(self, conn: TConn, done: Future[bool]) -> None:
         """In the main loop: wait for the next request of a connection, even if the worker is stopping."""
-        if done.result():
+        if not done.exception() and done.result():
             conn.sock.setblocking(False)
             conn.set_timeout()
             self.keepalived_conns.append(conn)
@@ -294,7 +294,7 @@ class Supervisor:
                 while wanted is process.snapshot and not self.all_ready():
                     yield
             finally:
-                self.server.num_workers -= 1
+                self.server.num_workers = max(self.server.num_workers - 1, 1)  # SIGTTOU may have come
             while len(workers) > self.server.num_workers:
                 yield
         if process.snapshot is found:

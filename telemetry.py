@@ -35,6 +35,7 @@ RECORD, ROUTE = "fraud_api.record", "fraud_api.route"
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 MOST_LINES = 100_000  # that wait to be written; more are lost
 WRITE_SECONDS = 0.005  # lines of so long a time are written together
+PATIENCE = 100  # pieces that a patient caller writes
 STALL_SECONDS = 0.1  # without reading anything, after which the reader of the log counts as stalled
 
 ROUTES = (
@@ -170,7 +171,7 @@ class ScoreRecorder:
 class Output(logging.Handler):
     """Standard output with a bounded queue: a reader that stalls holds up nobody, and lost lines are counted."""
 
-    def __init__(self, lost: Callable[[], None], mask: Callable[[str], str]) -> None:
+    def __init__(self, lost: Callable[..., None], mask: Callable[[str], str]) -> None:
         super().__init__()
         self.lost, self.mask, self.lines, self.turn = lost, mask, deque[bytes](), threading.Lock()
         self.stalled = False
@@ -188,9 +189,10 @@ class Output(logging.Handler):
             self.wanted.clear()
             self.drain()
 
-    def put(self, line: dict[str, Any]) -> None:
-        if len(self.lines) >= MOST_LINES and not self.stalled:
-            self.drain()
+    def put(self, line: dict[str, Any], patient: bool = False) -> None:
+        """Queue a line. A patient caller writes some lines itself where the queue is full and the reader goes on."""
+        if patient and len(self.lines) >= MOST_LINES and not self.stalled:
+            self.drain(PATIENCE)
         if len(self.lines) < MOST_LINES:
             self.lines.append(msgspec.json.encode(line) + b"\n")
         else:
@@ -200,16 +202,19 @@ class Output(logging.Handler):
         elif not self.wanted.is_set():
             self.wanted.set()
 
-    def drain(self) -> None:
-        """Write what waits, in pieces that a pipe takes whole (pipe(7), PIPE_BUF), unless the reader stalls."""
+    def drain(self, most: int = sys.maxsize) -> None:
+        """Write what waits, in pieces that a pipe takes whole (pipe(7), PIPE_BUF), as long as it is read."""
         descriptor = sys.stdout.fileno()
         with self.turn:
-            while self.lines and select([], [descriptor], [], STALL_SECONDS)[1]:
-                text = self.lines.popleft()
+            while self.lines and most and select([], [descriptor], [], STALL_SECONDS)[1]:
+                text, most = self.lines.popleft(), most - 1
                 while self.lines and len(text) + len(self.lines[0]) <= PIPE_BUF:
                     text += self.lines.popleft()
-                os.write(descriptor, text)
-            self.stalled = bool(self.lines)
+                try:
+                    os.write(descriptor, text)
+                except OSError:
+                    self.lost(by=text.count(b"\n"))
+            self.stalled = bool(self.lines and most)
 
     def emit(self, record: logging.LogRecord) -> None:
         """What is logged about anything but a request."""
@@ -249,7 +254,9 @@ class Log(Logger):  # type: ignore[misc]
         self.metrics.answered(environ.get(ROUTE, "-"), status, seconds)
         if self.error_log.isEnabledFor(logging.INFO):
             line = {"time": datetime.now(UTC), "level": "info", "logger": "request"}
-            line |= {"method": environ.get("REQUEST_METHOD", "-"), "path": environ.get("PATH_INFO", "-")[:256]}
+            path = environ.get("PATH_INFO", "-")[:256]
+            line |= {"method": environ.get("REQUEST_METHOD", "-")}
+            line |= {"path": path if ROUTE in environ else self.output.clean(path)}
             line |= {"status": status} | ({} if seconds is None else {"duration_ms": round(seconds * 1000, 3)})
             line |= environ.get(RECORD, {})
             if found := TRACE_PARENT.fullmatch(environ.get("HTTP_TRACEPARENT", "")):

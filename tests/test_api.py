@@ -435,6 +435,12 @@ def test_line_length(app: TestApp, length: int) -> None:
     assert [row.get("status", 200) for row in found] == [200, 200, 200, 413 if length > 65_536 else 400, 200]
 
 
+def test_stream_that_fails_at_once(model: Model) -> None:
+    """Before the first answer it is an error like any other; nothing has been sent yet."""
+    answer = post(broken(model), "/predict/batch", json.dumps(TRANSACTION).encode(), NDJSON)
+    assert (answer.status_code, answer.content_type) == (500, PROBLEM)
+
+
 def test_empty_stream(app: TestApp) -> None:
     assert post(app, "/predict/batch", b"", NDJSON).body == b""
 

@@ -75,6 +75,14 @@ def test_bad_values(variable: str, value: str) -> None:
         config(**{variable: value})
 
 
+def test_a_wait_longer_than_a_slow_client_has() -> None:
+    """The connection would be closed before it could be answered 503."""
+    with pytest.raises(
+        ConfigError, match="^bad configuration: MAX_WAIT_MS is '2001', expected no more than SLOW_SECONDS$"
+    ):
+        config(max_wait_ms="2001", slow_seconds="2")
+
+
 def test_values_are_typed_and_empty_is_not_set() -> None:
     read = config(fraud_threshold="0.35", port=" 9000 ", host="::1", model_sha256="", threads="", log_level="INFO")
     assert (read.fraud_threshold, read.port, read.host, read.model_sha256, read.threads, read.log_level) == (

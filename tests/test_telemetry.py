@@ -39,7 +39,7 @@ from chaos import Relay
 from conftest import BODY, HERE, LINE, NAME, TRANSACTION, Service, client_of, config, free_port, running, wait_until
 from fraud_api import Batch, Prediction, Predictions, Problem, Process, create_app
 from model import Features, Model, Transaction, columns_of
-from telemetry import METRICS, Metrics, ScoreRecorder
+from telemetry import METRICS, Metrics, Output, ScoreRecorder
 
 KEY = "k3y-of-the-tests"
 BAD = TRANSACTION | {"hour": 24}
@@ -297,7 +297,21 @@ def test_lines_are_whole(piped: Piped) -> None:
     piped.popen.send_signal(signal.SIGTERM)
     assert piped.popen.wait(20) == 0
     reader.join()
-    assert len([line for line in piped.lines() if line["logger"] == "request"]) + lost == piped.asked + 1
+    found = len([line for line in piped.lines() if line["logger"] == "request"])
+    assert found + lost in (piped.asked, piped.asked + 1)  # the line of the scrape may be lost after it has counted
+
+
+def test_a_reader_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are lost and counted; what is logged raises no error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    lost: list[float] = []
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        output = Output(lambda by=1: lost.append(by), str)
+        for _ in range(3):
+            output.put({"a": 1})
+    assert sum(lost) == 3
 
 
 def test_a_stop_while_nobody_reads_the_log(piped: Piped) -> None:

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from conftest import NAME, TRANSACTION, config, failure, running
-from model import ModelError, Snapshot, acquire
+from model import SKOPS_PROTOCOL, ModelError, Snapshot, acquire
 
 SEE = "(MODEL_ALLOW_UNSAFE; README: A model of your own)"
 Poison = Callable[[Path, dict[str, Any], str], None]
@@ -81,6 +82,22 @@ def a_reader_of_files(folder: Path, flavors: dict[str, Any], canary: str) -> Non
     flavors["sklearn"]["skops_trusted_types"] = ["functools.partial"]
 
 
+def an_old_protocol(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    """skops reads a function's name from another place in files that claim an older protocol."""
+    path = folder / "model.skops"
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    schema = json.loads(files["schema.json"]) | {"protocol": 0}
+    files["schema.json"] = json.dumps(schema).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
+def a_type_asked_for(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    flavors["sklearn"]["skops_trusted_types"] = ["functools.partial", "os.system"]
+
+
 def a_method(folder: Path, flavors: dict[str, Any], canary: str) -> None:
     """A method of a trusted type, called on what is scored."""
     skops.io.dump(FunctionTransformer(StandardScaler().fit), folder / "model.skops")
@@ -124,10 +141,12 @@ def poisoned(champion: str, snapshot: Snapshot, tmp_path: Path) -> Poisoned:
         (a_pickle_by_default, "serialization_format is None, expected skops"),
         (a_second_mlmodel, "data is inner, expected none"),
         (a_path_elsewhere, "model_path is ../../model.skops, expected model.skops"),
-        (a_foreign_type, "it has subprocess.getoutput in it"),
+        (a_foreign_type, "skops_trusted_types is ['subprocess.getoutput'], expected none"),
         (a_foreign_type_unasked, "it has subprocess.getoutput in it"),
         (a_reader_of_files, "it has numpy.asarray in it; it has sklearn.feature_extraction.text.CountVectorizer in it"),
         (a_method, "it has MethodNode in it"),
+        (an_old_protocol, "it has skops protocol 0 in it"),
+        (a_type_asked_for, "skops_trusted_types is ['os.system'], expected none"),
         (
             a_loader_of_its_own,
             "loader_module is evil_loader, expected mlflow.sklearn; code_paths is code, expected none",
@@ -143,6 +162,11 @@ def test_refused(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Pois
     reason = f"version {uri.rpartition('/')[2]} is not safe to load: {found} {SEE}"
     assert str(raised.value) == f"{uri} at {champion}: {reason}"
     assert not canary.exists()
+
+
+def test_protocol() -> None:
+    """The one protocol that is accepted is the one that the installed skops writes."""
+    assert SKOPS_PROTOCOL == skops.io._protocol.PROTOCOL
 
 
 def test_refused_at_start(champion: str, poisoned: Poisoned) -> None:
