@@ -93,10 +93,10 @@ TABLES = f"""
 PRAGMA journal_mode = OFF;
 PRAGMA cache_size = -65536;
 CREATE TABLE data (id TEXT, {", ".join(FIELDS)}, label);
-CREATE TABLE decided (version, line, row, week, amount, label, old, before, new, after, difference);
+CREATE TABLE decided (version, line, week, amount, label, old, before, new, after, difference);
 """
 FIND = f"SELECT rowid, {', '.join(FIELDS)}, label FROM data WHERE id = ?"  # noqa: S608  (names from the code)
-TOTALS = "SELECT COUNT(*), COUNT(*) - COUNT(DISTINCT row), COUNT(difference) FROM decided"
+TOTALS = "SELECT COUNT(*), COUNT(difference) FROM decided"
 FIRST = "SELECT difference FROM decided WHERE difference IS NOT NULL ORDER BY line LIMIT ?"
 VERSIONS = "SELECT version, COUNT(*), MAX(ABS(new - old)), SUM(after != before) FROM decided GROUP BY version"
 CHANGES = """
@@ -240,12 +240,15 @@ class Replay:
         self.database = sqlite3.connect("")
         self.database.executescript(TABLES)
         self.decisions, self.failed, self.unreadable, self.first = 0, Counter[str](), 0, ""
+        self.repeated = 0
         self.models: dict[tuple[str, ...], Model | str] = {}
         named = {"version": options.version, "threshold": options.threshold}
         self.instead = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
 
     def decide_all(self, path: Path) -> None:
         """Decide again what a log has decided, as far as there is data."""
+        [(rows,)] = self.database.execute("SELECT COALESCE(MAX(rowid), 0) FROM data")
+        self.seen = np.zeros(rows + 1, bool)  # whether a transaction has a decision yet
         for lines in lines_of(path):
             for version, rows in self.join(lines).items():
                 model = self.model(version)
@@ -288,6 +291,8 @@ class Replay:
         """Score and decide, and fill the table `decided`."""
         numbers, decisions, found = zip(*rows, strict=True)
         places, *columns, labels = zip(*found, strict=True)
+        first = np.unique(np.array(places)[~self.seen[list(places)]])
+        self.seen[first], self.repeated = True, self.repeated + len(places) - len(first)
         old, limits, before = (
             np.array([getattr(each, name) for each in decisions])
             for name in ("fraud_probability", "threshold", "is_fraud")
@@ -302,10 +307,10 @@ class Replay:
         weeks = [each.time.date() - timedelta(each.time.weekday()) for each in decisions]
         name, number, release, sha256 = map(printable, version)
         names = repeat(f"{name} version {number} ({release}, SHA-256 {sha256})")
-        values = [names, numbers, places, map(str, weeks), columns[0], labels]
+        values = [names, numbers, map(str, weeks), columns[0], labels]
         values += [each.tolist() for each in (old, before, new, after)]
         texts = repeat(None) if self.instead else self.differences(rows, other, new, after)
-        insert = "INSERT INTO decided VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        insert = "INSERT INTO decided VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         self.database.executemany(insert, zip(*values, texts, strict=False))
 
     def differences(self, rows: list[Row], other: Any, new: Any, after: Any) -> Iterator[str | None]:
@@ -330,11 +335,13 @@ class Replay:
 def conclude(replay: Replay) -> int:
     """Print what was found, and write the comparison; give the exit status. Raises `DataError`."""
     options, lost = replay.options, sum(replay.failed.values())
-    compared, repeated, different = replay.database.execute(TOTALS).fetchone()
+    compared, different = replay.database.execute(TOTALS).fetchone()
     if not (compared or replay.failed or replay.unreadable):
         raise DataError(f"{options.decisions} has no decision about a transaction in {options.data}")
     without = replay.decisions - compared - lost
-    print(f"{options.decisions}: {replay.decisions:,} decisions, {without:,} without data, {repeated:,} repeated")
+    print(
+        f"{options.decisions}: {replay.decisions:,} decisions, {without:,} without data, {replay.repeated:,} repeated"
+    )
     verdict = "nothing was compared"
     if replay.instead and compared:
         verdict = f"written: {compare(replay.database, options, replay.instead)}.md and .csv"

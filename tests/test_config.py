@@ -78,7 +78,7 @@ def test_bad_values(variable: str, value: str) -> None:
 def test_a_wait_longer_than_a_slow_client_has() -> None:
     """The connection would be closed before it could be answered 503."""
     with pytest.raises(
-        ConfigError, match="^bad configuration: MAX_WAIT_MS is '2001', expected no more than SLOW_SECONDS$"
+        ConfigError, match=r"^bad configuration: MAX_WAIT_MS is '2001', expected no more than SLOW_SECONDS$"
     ):
         config(max_wait_ms="2001", slow_seconds="2")
 
