@@ -53,7 +53,7 @@ class Process:
     stopping: MutableSequence[int] = field(default_factory=lambda: bytearray(1))  # shared by all processes
     metrics: Metrics = field(default_factory=Metrics)
     log_line: Callable[[dict[str, Any]], None] = lambda line: None
-    close_connection: Callable[[], None] = lambda: None  # after the answer
+    close_connection: Callable[[bool], None] = lambda unread: None  # after the answer; whether its body was not read
 
 
 process = Process()
@@ -465,8 +465,9 @@ class Middleware:
         if req.method == "OPTIONS" and resource:
             resp.set_header("Allow", f"{resp.get_header('Allow')}, OPTIONS")
         has_body = req.content_length or "HTTP_TRANSFER_ENCODING" in req.env
-        if self.process.stopping[0] or (has_body and READ not in req.env):
-            self.process.close_connection()
+        unread = bool(has_body and READ not in req.env)
+        if unread or self.process.stopping[0]:
+            self.process.close_connection(unread)
 
 
 def request_id(given: str | None) -> str:

@@ -14,7 +14,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -38,12 +39,13 @@ from model import ModelError, ModelFetcher, Snapshot
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
+MOST_LINGERING = 100  # refused connections that wait for their client to close
 ACCEPTS = 64  # connections accepted in one turn of the main loop
 PRIVATE = {  # methods and functions; attributes
     ThreadWorker: (
         "accept enqueue_req finish_request handle handle_request get_thread_pool set_accept_enabled run handle_error "
-        "wait_for_and_dispatch_events on_client_socket_readable init_process",
-        "alive booted keepalived_conns max_keepalived nr_conns poller tpool",
+        "wait_for_and_dispatch_events on_client_socket_readable on_pending_socket_readable init_process",
+        "alive booted keepalived_conns max_keepalived nr_conns pending_conns poller tpool",
     ),
     TConn: ("set_timeout close", "data_ready parser sock timeout"),
     RequestParser: ("", "unreader"),
@@ -69,7 +71,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
         self.max_keepalived = self.settings.max_connections
-        self.watched = self.born
+        self.watched, self.lingering = self.born, set[TConn]()
         self.active: dict[TConn, list[float]] = {}  # requests in progress: since when watched, bytes moved by then
 
     def init_process(self) -> None:
@@ -89,26 +91,34 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def accept(self, listener: Any) -> None:
         for _ in range(ACCEPTS):
             before = self.nr_conns
-            super().accept(listener)
+            with suppress(OSError):  # no descriptor or memory for it: the others go on
+                super().accept(listener)
             if self.nr_conns == before:
                 return
 
     def enqueue_req(self, conn: TConn) -> None:
-        if len(self.active) < self.settings.max_connections or is_health_check(conn.sock):
+        begun = peek(conn.sock)
+        if len(self.active) < self.settings.max_connections or (begun or b"").startswith(b"GET /health"):
             self.active[conn], conn.data_ready = [time.monotonic(), 0], True
             super().enqueue_req(conn)
+        elif begun is None:  # it is looked at again when its request comes
+            conn.timeout = time.monotonic() + self.settings.slow_seconds
+            wait_readable(self, conn, self.pending_conns, self.on_pending_socket_readable)
         else:
             refuse(self, conn)
 
     def handle(self, conn: TConn) -> bool:
         """In a thread: handle a request, and those that the client has sent behind it without waiting."""
+        current.unread = False
         keep = bool(super().handle(conn))
         while keep and (more := conn.parser.unreader.take_buffered()):
             conn.parser.unreader.unread(more)
             keep = bool(super().handle(conn))
         self.active.pop(conn, None)
-        if not keep:
+        if current.unread:  # closing a socket with unread data would reset it before the answer is read
             util.close_graceful(conn.sock)
+        elif not keep:
+            conn.close()
         return keep
 
     def handle_request(self, req: Any, conn: TConn) -> bool:
@@ -118,15 +128,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: TConn, done: Future[bool]) -> None:
         """In the main loop: wait for the next request of a connection, even if the worker is stopping."""
         if not done.exception() and done.result():
-            conn.sock.setblocking(False)
             conn.set_timeout()
-            self.keepalived_conns.append(conn)
-            self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_client_socket_readable, conn))
+            wait_readable(self, conn, self.keepalived_conns, self.on_client_socket_readable)
         else:
             self.nr_conns -= 1
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         if isinstance(exc, ParseException):
+            current.unread = True
             answer_problem(self.log, client, 400, req)
         else:
             super().handle_error(req, client, addr, exc)
@@ -143,9 +152,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             for listener in self.sockets:
                 self.accept(listener)
                 listener.close()
-            self.cfg.set("keepalive", LINGER)
-            for conn in self.keepalived_conns:
-                conn.timeout = min(conn.timeout, time.monotonic() + LINGER)
+            let_idle_go(self)
 
     def run(self) -> None:
         super().run()
@@ -168,24 +175,43 @@ def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: 
         util.write_nonblock(client, "\r\n".join(lines).encode() + body)
 
 
+def wait_readable(worker: Worker, conn: TConn, waiting: deque[TConn], callback: Callable[..., None]) -> None:
+    """In the main loop, wait until something comes on a connection, no longer than its timeout."""
+    conn.sock.setblocking(False)
+    waiting.append(conn)
+    worker.poller.register(conn.sock, selectors.EVENT_READ, partial(callback, conn))
+
+
+def let_idle_go(worker: Worker) -> None:
+    """Give the idle connections of a stopping worker LINGER seconds."""
+    worker.cfg.set("keepalive", LINGER)
+    for conn in worker.keepalived_conns:
+        conn.timeout = min(conn.timeout, time.monotonic() + LINGER)
+
+
 def refuse(worker: Worker, conn: TConn) -> None:
-    """Answer 503 and close."""
+    """Answer 503 and close. A health check is not refused, or a busy service would be restarted."""
     begun = b""
-    with suppress(OSError):  # nothing has come yet
+    with suppress(OSError):
         begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
     answer_problem(worker.log, conn.sock, 503)
     worker.nr_conns -= 1
-    if 0 < len(begun) < 2**16:
+    if len(begun) < 2**16 or len(worker.lingering) >= MOST_LINGERING:
         conn.close()
     else:  # more is to come, and would reset the connection before the answer is read
-        worker.tpool.submit(util.close_graceful, conn.sock)
+        worker.lingering.add(conn)
+        done = worker.tpool.submit(util.close_graceful, conn.sock)
+        done.add_done_callback(lambda done: worker.lingering.discard(conn))
 
 
-def is_health_check(connection: socket.socket) -> bool:
-    """Whether to answer in spite of overload; or else a busy service would be restarted."""
-    with suppress(OSError):  # nothing has come yet
-        return connection.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT).startswith(b"GET /health")
-    return False
+def peek(connection: socket.socket) -> bytes | None:
+    """The first bytes that have come and not been read; None if there are none yet."""
+    try:
+        return connection.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
 
 
 def close_slow(active: dict[TConn, list[float]], seconds: float) -> None:
@@ -220,8 +246,9 @@ def shared_flag() -> mmap.mmap:
     return mmap.mmap(-1, 1)
 
 
-def close_connection() -> None:
+def close_connection(unread: bool) -> None:
     """Close the connection of this thread's request after the answer."""
+    current.unread = unread
     current.request.force_close()
 
 

@@ -875,9 +875,7 @@ def test_connections_that_cannot_be_kept(model: Model) -> None:
     """An answer to a body that was not read, and every answer of a stopping service, ends its connection."""
     closed: list[int] = []
     stopping = bytearray(1)
-    made = create_app(
-        config(api_keys="key"), model, Process(stopping=stopping, close_connection=lambda: closed.append(1))
-    )
+    made = create_app(config(api_keys="key"), model, Process(stopping=stopping, close_connection=closed.append))
     app = client_of(made)
     keyed = {"Authorization": "Bearer key", "Content-Type": "application/json"}
 

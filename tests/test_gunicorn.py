@@ -36,6 +36,8 @@ HOLDS = {
     "answer_problem": {"req": Request, "util": util},
     "close_connection": {"current.request": Request},
     "close_slow": {"conn": TConn},
+    "wait_readable": {"conn": TConn, "worker": ThreadWorker},
+    "let_idle_go": {"conn": TConn, "worker": ThreadWorker},
     "refuse": {"conn": TConn, "util": util, "worker": ThreadWorker},
     "Supervisor": {"server": Arbiter, "self.server": Arbiter, "worker": ThreadWorker},
 }
