@@ -545,12 +545,13 @@ def choose_scorer(estimator: Any, golden: Sequence[Golden]) -> Scorer:
     except ValueError as error:
         raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
     try:
-        masks = LeafMaskScorer(estimator)
+        started = time.perf_counter()
+        masks, seconds = LeafMaskScorer(estimator), time.perf_counter() - started
         columns = columns_of([*golden, *_probes([*masks.categories])])
         gap = np.abs(masks(columns) - pipeline(columns)).max()
         if gap <= LEAF_MASK_TOLERANCE:
             size = sum(table.nbytes for table in masks.tables)
-            log.info("leaf masks of %d trees: %.1f MB", len(masks.offsets), size / 2**20)
+            log.info("leaf masks of %d trees: %.1f MB, built in %.3f s", len(masks.offsets), size / 2**20, seconds)
             return masks
         log.warning("no leaf masks: they differ from predict_proba by %.3g", gap)
     except Exception as error:  # the pipeline scores every model
