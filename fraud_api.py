@@ -332,8 +332,9 @@ class PredictBatch:
     a body can take 36 times its size in memory while it is decoded.
     """
 
-    def __init__(self, config: Config, predictor: Predictor) -> None:
-        self.config, self.predictor, self.turns = config, predictor, Turns(1, config.max_wait_ms)
+    def __init__(self, config: Config, predictor: Predictor, process: Process) -> None:
+        self.config, self.predictor, self.process = config, predictor, process
+        self.turns = Turns(1, config.max_wait_ms)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         explain = self.predictor.asked_to_explain(req)
@@ -375,6 +376,7 @@ class PredictBatch:
             if not started:  # it is answered as any other
                 raise
             record["detail"] = "the stream was cut off"
+            self.process.close_connection(True)
             if not isinstance(error, (falcon.HTTPError, OSError)):
                 report(record, error)
             raise ConnectionResetError(errno.ECONNRESET, "the stream failed") from None  # gunicorn closes it quietly
@@ -514,7 +516,7 @@ def create_app(config: Config, model: Model, process: Process) -> App:
     routes = {
         "/": Get(lambda _: page, "text/html; charset=utf-8"),
         "/predict": Predict(config, predictor),
-        "/predict/batch": PredictBatch(config, predictor),
+        "/predict/batch": PredictBatch(config, predictor, process),
         "/health": Get(probes.health),
         "/health/live": Get(lambda _: OK),
         "/health/ready": Get(probes.ready),
