@@ -107,6 +107,7 @@ encode = msgspec.json.encode
 encode_lines = msgspec.json.Encoder().encode_lines
 decode_transaction = msgspec.json.Decoder(Transaction).decode
 decode_batch = msgspec.json.Decoder(Batch).decode
+decode_identified = msgspec.json.Decoder(Identified).decode
 
 # field: the rule in words, from the schema
 _schema = msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"]
@@ -158,8 +159,7 @@ def decode_row(row: Any, index: int, longest: int) -> Transaction | Problem:
     found: Transaction | Problem = decode(decode_transaction, row)
     if isinstance(found, Transaction):
         return found
-    identified = decode(msgspec.json.Decoder(Identified).decode, row)
-    return msgspec.structs.replace(found, index=index, transaction_id=getattr(identified, "transaction_id", UNSET))
+    return msgspec.structs.replace(found, index=index, transaction_id=decode(decode_identified, row).transaction_id)
 
 
 def read_json(req: falcon.Request, max_bytes: int) -> bytes:

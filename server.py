@@ -54,7 +54,7 @@ PRIVATE = {  # methods and functions; attributes
     util: ("close_graceful write_nonblock", ""),
     Arbiter: ("manage_workers handle_hup handle_term", "WORKERS num_workers"),
 }
-current = threading.local()  # .request: what gunicorn has parsed of the request that this thread handles
+current = threading.local()  # of this thread: the parsed `request`, and whether its body was left `unread`
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -97,7 +97,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 return
 
     def enqueue_req(self, conn: TConn) -> None:
-        begun = peek(conn.sock)
+        begun = peek(conn.sock)  # a health check is not refused, or a busy service would be restarted
         if len(self.active) < self.settings.max_connections or (begun or b"").startswith(b"GET /health"):
             self.active[conn], conn.data_ready = [time.monotonic(), 0], True
             super().enqueue_req(conn)
@@ -190,7 +190,7 @@ def let_idle_go(worker: Worker) -> None:
 
 
 def refuse(worker: Worker, conn: TConn) -> None:
-    """Answer 503 and close. A health check is not refused, or a busy service would be restarted."""
+    """Answer 503 and close."""
     begun = b""
     with suppress(OSError):
         begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
