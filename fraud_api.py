@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import chain, repeat
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from random import getrandbits
+from threading import Lock
 from typing import Any, cast
 
 import falcon
@@ -53,7 +54,7 @@ class Process:
     stopping: MutableSequence[int] = field(default_factory=lambda: bytearray(1))  # shared by all processes
     metrics: Metrics = field(default_factory=Metrics)
     log_line: Callable[[dict[str, Any]], None] = lambda line: None
-    close_connection: Callable[[bool], None] = lambda unread: None  # after the answer; whether its body was not read
+    close_connection: Callable[[], None] = lambda: None  # after the answer
 
 
 process = Process()
@@ -285,22 +286,32 @@ class Predictor:
 
 
 class Turns:
-    """Lets so many threads work at a time, so that the others do not compete with them for the interpreter."""
+    """Lets so many threads work at a time, in the order in which they come (a `threading.Semaphore` has no order)."""
 
     def __init__(self, number: int, wait_ms: int) -> None:
-        self.free: SimpleQueue[None] = SimpleQueue()
-        self.seconds = wait_ms / 1000
-        for _ in range(number):
-            self.free.put(None)
+        self.free, self.seconds = number, wait_ms / 1000
+        self.lock, self.waiting = Lock(), deque[Any]()
 
     def __enter__(self) -> None:
-        try:
-            self.free.get(timeout=self.seconds)
-        except Empty:
-            raise falcon.HTTPServiceUnavailable(retry_after=1) from None
+        with self.lock:
+            if self.free:
+                self.free -= 1
+                return
+            mine = Lock()
+            mine.acquire()
+            self.waiting.append(mine)
+        if not mine.acquire(timeout=self.seconds):
+            with self.lock:
+                if mine in self.waiting:
+                    self.waiting.remove(mine)
+                    raise falcon.HTTPServiceUnavailable(retry_after=1)
 
     def __exit__(self, *_: object) -> None:
-        self.free.put(None)
+        with self.lock:
+            if self.waiting:
+                self.waiting.popleft().release()
+            else:
+                self.free += 1
 
 
 class Predict:
@@ -376,7 +387,7 @@ class PredictBatch:
             if not started:  # it is answered as any other
                 raise
             record["detail"] = "the stream was cut off"
-            self.process.close_connection(True)
+            self.process.close_connection()
             if not isinstance(error, (falcon.HTTPError, OSError)):
                 report(record, error)
             raise ConnectionResetError(errno.ECONNRESET, "the stream failed") from None  # gunicorn closes it quietly
@@ -469,7 +480,7 @@ class Middleware:
         has_body = req.content_length or "HTTP_TRANSFER_ENCODING" in req.env
         unread = bool(has_body and READ not in req.env)
         if unread or self.process.stopping[0]:
-            self.process.close_connection(unread)
+            self.process.close_connection()
 
 
 def request_id(given: str | None) -> str:

@@ -41,9 +41,10 @@ wsgi_app = "fraud_api:get_app()"
 logger_class = telemetry.Log
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
-threads = settings.threads
 worker_class = processes.Worker
-worker_connections = 3 * settings.max_connections  # in progress, idle, and health checks
+threads = settings.max_connections
+worker_connections = threads + threads // 2  # gunicorn keeps as many idle as there are more of these than threads
+backlog = 128  # connections that wait in the listen queue; for more it is better to try another pod
 keepalive = 75  # longer than proxies keep idle connections, or they send a request on one that was just closed
 graceful_timeout = max(settings.graceful_timeout - settings.drain_seconds - 1, 1)  # 1 for what comes before and after
 timeout = graceful_timeout + 10  # a worker that finishes its requests gives no sign of life
@@ -99,9 +100,16 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     """Metrics of its own; and a grace period that ends before the master kills it."""
+    if worker.age > server.cfg.workers:  # if the first workers cannot start, the service ends; later ones are replaced
+        server.WORKER_BOOT_ERROR = 1
     process.metrics.use(worker.block, int(worker.snapshot.number))
     process.log_line = partial(worker.log.output.put, patient=True)
     server.cfg.set("graceful_timeout", max(server.cfg.graceful_timeout - 1, 1))
+
+
+def pre_request(worker, request):
+    """So that `close_connection` finds it."""
+    processes.current.request = request
 
 
 def post_worker_init(worker):
@@ -123,4 +131,6 @@ def child_exit(server, worker):
 
 def worker_exit(server, worker):
     """Last thing in a worker: write what is left of the log."""
+    if not worker.ready[0]:
+        time.sleep(1)  # the master starts the next one at once
     worker.log.output.drain()

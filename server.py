@@ -7,18 +7,15 @@ the minor version that they were checked with.
 
 import math
 import mmap
-import selectors
+import os
+import select
 import shutil
 import socket
 import struct
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,30 +36,56 @@ from model import ModelError, ModelFetcher, Snapshot
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
-MOST_LINGERING = 100  # refused connections that wait for their client to close
-ACCEPTS = 64  # connections accepted in one turn of the main loop
 PRIVATE = {  # methods and functions; attributes
-    ThreadWorker: (
-        "accept enqueue_req finish_request handle handle_request get_thread_pool set_accept_enabled run handle_error "
-        "wait_for_and_dispatch_events on_client_socket_readable on_pending_socket_readable init_process",
-        "alive booted keepalived_conns max_keepalived nr_conns pending_conns poller tpool",
-    ),
-    TConn: ("set_timeout close", "data_ready parser sock timeout"),
+    ThreadWorker: ("accept handle handle_error is_parent_alive notify run", "PIPE alive keepalived_conns"),
+    TConn: ("__init__ close", "data_ready parser sock timeout"),
     RequestParser: ("", "unreader"),
     Unreader: ("take_buffered unread", ""),
     Request: ("force_close", "headers"),
-    util: ("close_graceful write_nonblock", ""),
-    Arbiter: ("manage_workers handle_hup handle_term", "WORKERS num_workers"),
+    util: ("write_nonblock", ""),
+    Arbiter: ("manage_workers handle_hup handle_term", "WORKERS WORKER_BOOT_ERROR num_workers"),
 }
-current = threading.local()  # of this thread: the parsed `request`, and whether its body was left `unread`
+current = threading.local()  # `request`: the one that this thread handles
+
+
+class Connection(TConn):  # type: ignore[misc]
+    """A connection, and how much it moves."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.data_ready = True  # gunicorn shall not wait for data
+        self.idle, self.since, self.moved = False, time.monotonic(), 0.0
+
+    def wait_for_request(self, keepalive: float) -> None:
+        """Return when something comes, or the connection is shut down."""
+        self.timeout: float = time.monotonic() + keepalive
+        self.idle = True
+        with suppress(OSError):
+            self.sock.recv(1, socket.MSG_PEEK)
+        self.idle, self.since, self.moved = False, time.monotonic(), 0.0
+
+    def is_late(self, slow_seconds: float) -> bool:
+        """Whether it has been idle for too long, or has moved less than `SLOW_RATE` for so many seconds."""
+        now, since, before = time.monotonic(), self.since, self.moved
+        if self.idle:
+            return now > self.timeout
+        if now - since < slow_seconds:
+            return False
+        self.since, self.moved = now, bytes_moved(self.sock)
+        return self.moved - before < SLOW_RATE * (now - since)
+
+    def shut_down(self) -> None:
+        """End it; its thread closes it."""
+        with suppress(OSError):  # it has ended
+            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker, in which slow clients and overload cannot block others.
+    """gunicorn's threaded worker with a thread for each connection, so that slow clients cannot block others.
 
-    Every request in progress has a thread, which costs little while it waits for its client; THREADS of them score at a
-    time. Requests beyond MAX_CONNECTIONS are answered 503. Connections slower than SLOW_RATE for SLOW_SECONDS are
-    closed. A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
+    One free thread at a time waits for a new connection, and serves it until it is closed. If there are `threads`
+    connections, more wait in the listen queue. The main thread closes connections that are slow, or idle for too long.
+    A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
     """
 
     settings: Config
@@ -70,159 +93,112 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
-        self.max_keepalived = self.settings.max_connections
-        self.watched, self.lingering = self.born, set[TConn]()
-        self.active: dict[TConn, list[float]] = {}  # requests in progress: since when watched, bytes moved by then
+        self.conns, self.keepalived_conns = set[Connection](), set[Connection]()  # all, and the idle ones among them
+        self.threads, self.turn = list[threading.Thread](), threading.Lock()
 
-    def init_process(self) -> None:
-        """A first worker that cannot start ends the service; a later one must not take healthy workers with it."""
+    def run(self) -> None:
+        """In the main thread: watch the connections until a signal comes, then stop."""
+        self.readable, (stopping, writer) = select.poll(), os.pipe()
+        for listener in self.sockets:
+            listener.setblocking(False)
+        for source in (stopping, *self.sockets):
+            self.readable.register(source, select.POLLIN)
+        self.start_thread(self.work)
+        while self.alive and self.is_parent_alive():
+            self.watch(1)
+        self.alive: bool = False
+        os.close(writer)  # `stopping` is readable from now on
+        self.stop()
+
+    def stop(self) -> None:
+        """Accept no more, let requests in progress end, and leave idle connections a while."""
+        deadline = time.monotonic() + self.cfg.graceful_timeout
+        with self.turn:
+            for listener in self.sockets:
+                while conn := self.accept(listener):
+                    self.start_thread(self.serve, conn)
+                listener.close()
+        self.cfg.set("keepalive", LINGER)
+        for conn in list(self.keepalived_conns):
+            conn.timeout = min(conn.timeout, time.monotonic() + LINGER)
+        while self.conns and time.monotonic() < deadline:
+            self.watch(0.02)
+        for conn in list(self.conns):
+            conn.shut_down()
+        for thread in self.threads:
+            thread.join(timeout=1)
+
+    def watch(self, seconds: float) -> None:
+        """Close the connections that are late, and wait so long for a signal."""
+        self.notify()
+        for conn in list(self.conns):
+            if conn.is_late(self.settings.slow_seconds):
+                conn.shut_down()
+        if select.select([self.PIPE[0]], [], [], seconds)[0]:
+            os.read(self.PIPE[0], 4096)
+
+    def start_thread(self, target: Callable[..., None], *args: Any) -> None:
+        with suppress(RuntimeError):  # the system allows no more: those that there are go on
+            thread = threading.Thread(target=target, args=args, daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def work(self) -> None:
+        """In a thread: serve one connection after another."""
+        while conn := self.next_connection():
+            self.serve(conn)
+
+    def next_connection(self) -> Connection | None:
+        """Wait for a connection; None if the worker stops."""
+        with self.turn:
+            while self.alive:
+                self.readable.poll()
+                for conn in filter(None, map(self.accept, self.sockets)):
+                    if len(self.conns) == len(self.threads) < self.cfg.threads:  # no other thread is free
+                        self.start_thread(self.work)
+                    return conn
+        return None
+
+    def accept(self, listener: Any) -> Connection | None:
+        """A connection; None if there is none, or no descriptor or memory for it."""
+        with suppress(OSError):
+            conn = Connection(self.cfg, *listener.accept(), listener.getsockname())
+            self.conns.add(conn)
+            return conn
+        return None
+
+    def serve(self, conn: Connection) -> None:
+        """Handle the requests of a connection until it is closed."""
         try:
-            super().init_process()
-        except Exception:
-            if self.booted or self.age <= self.cfg.workers:
-                raise
-            self.log.exception("a worker cannot start")
-            time.sleep(1)
-            sys.exit(1)
-
-    def get_thread_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(2 * self.settings.max_connections)  # started as needed
-
-    def accept(self, listener: Any) -> None:
-        for _ in range(ACCEPTS):
-            before = self.nr_conns
-            with suppress(OSError):  # no descriptor or memory for it: the others go on
-                super().accept(listener)
-            if self.nr_conns == before:
-                return
-
-    def enqueue_req(self, conn: TConn) -> None:
-        begun = peek(conn.sock)  # a health check is not refused, or a busy service would be restarted
-        if len(self.active) < self.settings.max_connections or (begun or b"").startswith(b"GET /health"):
-            self.active[conn], conn.data_ready = [time.monotonic(), 0], True
-            super().enqueue_req(conn)
-        elif begun is None:  # it is looked at again when its request comes
-            conn.timeout = time.monotonic() + self.settings.slow_seconds
-            wait_readable(self, conn, self.pending_conns, self.on_pending_socket_readable)
-        else:
-            refuse(self, conn)
-
-    def handle(self, conn: TConn) -> bool:
-        """In a thread: handle a request, and those that the client has sent behind it without waiting."""
-        current.unread = False
-        keep = bool(super().handle(conn))
-        while keep and (more := conn.parser.unreader.take_buffered()):
-            conn.parser.unreader.unread(more)
-            keep = bool(super().handle(conn))
-        self.active.pop(conn, None)
-        if current.unread:  # closing a socket with unread data would reset it before the answer is read
-            util.close_graceful(conn.sock)
-        elif not keep:
-            conn.close()
-        return keep
-
-    def handle_request(self, req: Any, conn: TConn) -> bool:
-        current.request = req
-        return bool(super().handle_request(req, conn))
-
-    def finish_request(self, conn: TConn, done: Future[bool]) -> None:
-        """In the main loop: wait for the next request of a connection, even if the worker is stopping."""
-        if not done.exception() and done.result():
-            conn.set_timeout()
-            wait_readable(self, conn, self.keepalived_conns, self.on_client_socket_readable)
-        else:
-            self.nr_conns -= 1
+            while self.handle(conn):
+                if more := conn.parser.unreader.take_buffered():  # sent behind the request without waiting
+                    conn.parser.unreader.unread(more)
+                else:
+                    self.keepalived_conns.add(conn)
+                    conn.wait_for_request(self.cfg.keepalive)
+                    self.keepalived_conns.remove(conn)
+        finally:
+            conn.close(graceful=True)
+            self.conns.remove(conn)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         if isinstance(exc, ParseException):
-            current.unread = True
-            answer_problem(self.log, client, 400, req)
+            answer_malformed(self.log, client, req)
         else:
             super().handle_error(req, client, addr, exc)
 
-    def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        super().wait_for_and_dispatch_events(min(timeout, 1))
-        if time.monotonic() - self.watched >= 1:
-            self.watched = time.monotonic()
-            close_slow(self.active, self.settings.slow_seconds)
 
-    def set_accept_enabled(self, enabled: bool) -> None:
-        super().set_accept_enabled(enabled)
-        if not (enabled or self.alive):
-            for listener in self.sockets:
-                self.accept(listener)
-                listener.close()
-            let_idle_go(self)
-
-    def run(self) -> None:
-        super().run()
-        for conn in list(self.active):  # out of time
-            cut(conn.sock)
-        self.tpool.shutdown()
-
-
-def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: Any = None) -> None:
-    """Answer overload, or what is not HTTP, with a problem that does not echo what was sent."""
+def answer_malformed(log: telemetry.Log, client: socket.socket, req: Any) -> None:
+    """Answer what is not HTTP with a problem that does not echo what was sent."""
     request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
     asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
-    log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, status)
-    found = structs.replace(fraud_api.problem(status), request_id=request_id)
-    body = fraud_api.encode(found)
+    log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, 400)
+    body = fraud_api.encode(structs.replace(fraud_api.problem(400), request_id=request_id))
     fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
-    fields |= {"X-Request-ID": request_id} | ({"Retry-After": 1} if status == 503 else {})
-    lines = [f"HTTP/1.1 {status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    fields |= {"X-Request-ID": request_id}
+    lines = ["HTTP/1.1 400 Bad Request", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     with suppress(OSError):  # the client may be gone
         util.write_nonblock(client, "\r\n".join(lines).encode() + body)
-
-
-def wait_readable(worker: Worker, conn: TConn, waiting: deque[TConn], callback: Callable[..., None]) -> None:
-    """In the main loop, wait until something comes on a connection, no longer than its timeout."""
-    conn.sock.setblocking(False)
-    waiting.append(conn)
-    worker.poller.register(conn.sock, selectors.EVENT_READ, partial(callback, conn))
-
-
-def let_idle_go(worker: Worker) -> None:
-    """Give the idle connections of a stopping worker LINGER seconds."""
-    worker.cfg.set("keepalive", LINGER)
-    for conn in worker.keepalived_conns:
-        conn.timeout = min(conn.timeout, time.monotonic() + LINGER)
-
-
-def refuse(worker: Worker, conn: TConn) -> None:
-    """Answer 503 and close."""
-    begun = b""
-    with suppress(OSError):
-        begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
-    answer_problem(worker.log, conn.sock, 503)
-    worker.nr_conns -= 1
-    if len(begun) < 2**16 or len(worker.lingering) >= MOST_LINGERING:
-        conn.close()
-    else:  # more is to come, and would reset the connection before the answer is read
-        worker.lingering.add(conn)
-        done = worker.tpool.submit(util.close_graceful, conn.sock)
-        done.add_done_callback(lambda done: worker.lingering.discard(conn))
-
-
-def peek(connection: socket.socket) -> bytes | None:
-    """The first bytes that have come and not been read; None if there are none yet."""
-    try:
-        return connection.recv(16, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
-
-
-def close_slow(active: dict[TConn, list[float]], seconds: float) -> None:
-    """Close the connections that have moved less than `SLOW_RATE` for so long."""
-    now = time.monotonic()
-    for conn, watch in list(active.items()):
-        if now - watch[0] >= seconds:
-            moved = bytes_moved(conn.sock)
-            if moved - watch[1] < SLOW_RATE * (now - watch[0]):
-                cut(conn.sock)
-            watch[:] = now, moved
 
 
 def bytes_moved(connection: socket.socket) -> float:
@@ -235,20 +211,13 @@ def bytes_moved(connection: socket.socket) -> float:
         return math.inf
 
 
-def cut(connection: socket.socket) -> None:
-    """End a connection under the thread that waits for it."""
-    with suppress(OSError):  # it has ended
-        connection.shutdown(socket.SHUT_RDWR)
-
-
 def shared_flag() -> mmap.mmap:
     """A byte that is shared with all processes that are forked later."""
     return mmap.mmap(-1, 1)
 
 
-def close_connection(unread: bool) -> None:
+def close_connection() -> None:
     """Close the connection of this thread's request after the answer."""
-    current.unread = unread
     current.request.force_close()
 
 

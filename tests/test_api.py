@@ -873,9 +873,11 @@ def test_http_1_1_needs_a_host(app: TestApp) -> None:
 
 def test_connections_that_cannot_be_kept(model: Model) -> None:
     """An answer to a body that was not read, and every answer of a stopping service, ends its connection."""
-    closed: list[int] = []
+    closed: list[bool] = []
     stopping = bytearray(1)
-    made = create_app(config(api_keys="key"), model, Process(stopping=stopping, close_connection=closed.append))
+    made = create_app(
+        config(api_keys="key"), model, Process(stopping=stopping, close_connection=lambda: closed.append(True))
+    )
     app = client_of(made)
     keyed = {"Authorization": "Bearer key", "Content-Type": "application/json"}
 

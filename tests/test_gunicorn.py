@@ -20,10 +20,12 @@ from server import PRIVATE
 # What gunicorn's documentation shows its hooks to use: https://gunicorn.org/reference/settings/#server-hooks
 DOCUMENTED = {
     ThreadWorker: {"__init__", "age", "cfg", "log", "pid", "ppid", "sockets"},
-    Arbiter: {"log"},
+    Arbiter: {"LISTENERS", "cfg", "log"},
     Request: {"method", "path"},
 }
-# Expressions in the classes and functions of server.py, and what of gunicorn they hold.
+FILES = ("server.py", "gunicorn.conf.py")
+# Expressions in classes and functions, and what of gunicorn they hold.
+HOOK = {"server": Arbiter, "worker": ThreadWorker}
 HOLDS = {
     "Worker": {
         "self": ThreadWorker,
@@ -33,12 +35,9 @@ HOLDS = {
         "req": Request,
         "util": util,
     },
-    "answer_problem": {"req": Request, "util": util},
+    "Connection": {"self": TConn},
+    "answer_malformed": {"req": Request, "util": util},
     "close_connection": {"current.request": Request},
-    "close_slow": {"conn": TConn},
-    "wait_readable": {"conn": TConn, "worker": ThreadWorker},
-    "let_idle_go": {"conn": TConn, "worker": ThreadWorker},
-    "refuse": {"conn": TConn, "util": util, "worker": ThreadWorker},
     "Supervisor": {"server": Arbiter, "self.server": Arbiter, "worker": ThreadWorker},
 }
 
@@ -56,10 +55,11 @@ def listed(owner: Any) -> set[str]:
 
 
 def uses() -> Iterator[tuple[Any, str]]:
-    """Every name of gunicorn's that the classes in server.py override, read or set, and what it belongs to."""
-    for definition in ast.parse((HERE / "server.py").read_text()).body:
-        if isinstance(definition, ast.ClassDef | ast.FunctionDef) and definition.name in HOLDS:
-            holds = HOLDS[definition.name]
+    """Every name of gunicorn's that these files override, read or set, and what it belongs to."""
+    definitions = [node for file in FILES for node in ast.parse((HERE / file).read_text()).body]
+    for definition in definitions:
+        if isinstance(definition, ast.ClassDef | ast.FunctionDef):
+            holds = HOLDS.get(definition.name, HOOK)
             for node in ast.walk(definition):
                 if isinstance(node, ast.FunctionDef) and "self" in holds:
                     yield holds["self"], node.name

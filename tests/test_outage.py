@@ -74,7 +74,7 @@ def test_a_worker_that_cannot_start(champion: str) -> None:
         folder, [snapshot] = service.folder(), service.versions()
         snapshot.rename(folder / "away")
         os.kill(service.workers()[0], signal.SIGKILL)
-        wait_until(lambda: service.log.count("a worker cannot start") >= 2, "it has been tried twice")
+        wait_until(lambda: service.log.count("Exception in worker process") >= 2, "it has been tried twice")
         assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
         (folder / "away").rename(snapshot)
         wait_until(lambda: service.log.count("Worker ready") == 3, "a worker has started")

@@ -259,12 +259,16 @@ def slow_model(champion: str) -> str:
 
 async def ask(port: int, outcomes: list[tuple[str, float]], path: str = "/predict") -> None:
     """One request on a connection of its own: the status of its answer, and seconds since it was connected."""
+    connection = socket.socket()
+    connection.setblocking(False)
     try:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 1)
+        await asyncio.wait_for(asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port)), 1)
     except (OSError, TimeoutError):
+        connection.close()
         outcomes.append(("not connected", 0))
         return
     started = time.monotonic()
+    reader, writer = await asyncio.open_connection(sock=connection)
     try:
         more = f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(BODY)}"
         request = head(more=more) + BODY
