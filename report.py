@@ -1,23 +1,21 @@
 """How good a model is: measures with their noise, tables, plots, and one HTML page that shows them."""
 
-import html
 import io
-import re
 from argparse import Namespace
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from scipy.stats import binomtest, chi2
 from sklearn.inspection import PartialDependenceDisplay
-from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, log_loss, roc_auc_score
 
 from data import Sample, drift
 from model import CATEGORY, NUMBERS, Floats
@@ -100,10 +98,6 @@ class Evidence:
     validated: tuple[Sample, Floats]
     models: dict[str, Scored]
     rounds: dict[str, pd.DataFrame]
-
-    @property
-    def missed(self) -> Floats:
-        return costs_of_missing(self.held_out, self.options)
 
     def measured(self) -> pd.DataFrame:
         """The measures as text, measures × models, with the intervals of the resamples."""
@@ -215,55 +209,53 @@ def business(rounds: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def decisions(of: Evidence) -> pd.DataFrame:
     """What both rules do on the hold-out, the cheapest threshold in hindsight, and flagging nothing."""
-    scores, missed, fraud = of.models[NEW].probabilities, of.missed, of.held_out.labels == 1
+    scores, missed = of.models[NEW].probabilities, costs_of_missing(of.held_out, of.options)
     thresholds, costs, _ = cost_curve(scores, missed, of.options.cost_review)
     rules = {name + ", in force" * (name == of.options.decide_by): rule for name, rule in of.rules.items()}
     rules["cheapest threshold, in hindsight"] = Rule("threshold", float(thresholds[costs.argmin()]))
     found = {}
     for name, rule in (rules | {"flag nothing": Rule("threshold", np.inf)}).items():
         flagged = rule.flags(scores, of.held_out)
-        counts = (flagged & fraud, ~flagged & fraud, flagged & ~fraud, ~flagged & ~fraud)
-        paid = cost_of(flagged, missed, of.options.cost_review)
-        found[name] = [rule.limit, *(count.sum() for count in counts), paid]
+        counts = confusion_matrix(of.held_out.labels, flagged, labels=[1, 0]).ravel()
+        found[name] = [rule.limit, *counts, cost_of(flagged, missed, of.options.cost_review)]
     columns = ["limit", "frauds flagged", "frauds missed", "genuine flagged", "genuine passed", "cost per 1,000"]
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).map(short)
 
 
-def shares(hits: Any, of: Any, few: Any) -> list[str]:
-    """Shares in percent with their 95 % intervals (Wilson 1927), but for those of `few` frauds."""
-    found = []
-    for k, n, hidden in zip(hits.astype(int), of.astype(int), few, strict=True):
-        ends = [100 * end for end in binomtest(k, n).proportion_ci(method="wilson")] if n else []
-        found.append("too few" if hidden else f"{100 * k / n:.3g} % [{ends[0]:.3g}, {ends[1]:.3g}]" if n else "none")
-    return found
+def share(hits: float, of: float) -> str:
+    """A share in percent with its 95 % interval (Wilson 1927)."""
+    if not of:
+        return "none"
+    low, high = binomtest(int(hits), int(of)).proportion_ci(method="wilson")
+    return f"{100 * hits / of:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
 
 
 def segments(of: Evidence) -> pd.DataFrame:
     """The hold-out by age, amount, hour and category, and what is of categories not in training."""
-    rows, fraud, new, ageless = of.held_out.rows, of.held_out.labels == 1, of.models[NEW], of.models[WITHOUT_AGE]
+    rows, fraud, categories = of.held_out.rows, of.held_out.labels == 1, of.held_out.rows[CATEGORY]
     fifths = np.quantile(rows["amount"], [0.2, 0.4, 0.6, 0.8, 1]).round()
     groups = {
         "Age": _cut(rows["user_age"], [0, 25, 35, 50, 65, 131]),
         "Amount": _cut(rows["amount"], np.unique([0, *fifths[:-1], fifths[-1] + 2])),
         "Hour": _cut(rows["hour"], [0, 6, 12, 18, 24]),
-        "Category": rows[CATEGORY].where(rows[CATEGORY].isin(rows[CATEGORY].value_counts().index[:20]), "all others"),
-        "New category": np.where(rows[CATEGORY].isin(of.training.rows[CATEGORY].unique()), "no", "yes"),
+        "Category": categories.where(categories.isin(categories.value_counts().index[:20]), "all others"),
+        "New category": np.where(categories.isin(of.training.rows[CATEGORY].unique()), "no", "yes"),
     }
-    columns = {"rows": 1, "frauds": fraud, "expected": new.probabilities, "alerts": new.flagged}
-    columns |= {"hits": new.flagged & fraud, "alerts_": ageless.flagged, "hits_": ageless.flagged & fraud}
-    each = pd.DataFrame(columns).astype(float)
-    t = pd.concat({name: each.groupby(getattr(of, "values", of), observed=True).sum() for name, of in groups.items()})
-    few, genuine = t.frauds < FEWEST, t["rows"] - t.frauds
-    table = {
-        **{name: t[name].map("{:,.0f}".format) for name in ("rows", "frauds", "expected")},
-        "alert rate": (t.alerts / t["rows"]).map("{:.2%}".format),
-        "recall": shares(t.hits, t.frauds, few),
-        "precision": shares(t.hits, t.alerts, few),
-        "false-positive rate": shares(t.alerts - t.hits, genuine, few & False),
-        "recall without age": shares(t.hits_, t.frauds, few),
-        "false-positive rate without age": shares(t.alerts_ - t.hits_, genuine, few & False),
-    }
-    return pd.DataFrame(table, t.index)
+    models = {"": of.models[NEW], " without age": of.models[WITHOUT_AGE]}
+    columns = {"rows": 1, "frauds": fraud, "expected": models[""].probabilities}
+    for name, model in models.items():
+        columns |= {"alerts" + name: model.flagged, "hits" + name: model.flagged & fraud}
+    each = pd.DataFrame(columns, rows.index).astype(float)
+    t = pd.concat({name: each.groupby(values, observed=True).sum() for name, values in groups.items()})
+    found = t[["rows", "frauds", "expected"]].map("{:,.0f}".format)
+    found["alert rate"] = (t["alerts"] / t["rows"]).map("{:.2%}".format)
+    for name in models:
+        alerts, hits = t["alerts" + name], t["hits" + name]
+        found["recall" + name] = list(map(share, hits, t["frauds"]))
+        found["precision" + name] = list(map(share, hits, alerts))
+        found.loc[t["frauds"] < FEWEST, ["recall" + name, "precision" + name]] = "too few"
+        found["false-positive rate" + name] = list(map(share, alerts - hits, t["rows"] - t["frauds"]))
+    return found.drop(columns="precision without age")  # with it the table is wider than a page
 
 
 def _cut(values: Any, edges: Any) -> Any:
@@ -307,7 +299,8 @@ def draw_alerts(on: Any, of: Evidence) -> None:
 
 
 def draw_cost(on: Any, of: Evidence) -> None:
-    scores, missed, review = of.models[NEW].probabilities, of.missed, of.options.cost_review
+    scores, review = of.models[NEW].probabilities, of.options.cost_review
+    missed = costs_of_missing(of.held_out, of.options)
     thresholds, costs, _ = cost_curve(scores, missed, review)
     costs, at = 1000 * costs / len(scores), np.linspace(0, len(costs) - 1, 500).astype(int)
     on.plot(thresholds[at], costs[at], color=COLORS[NEW], label="every threshold")
@@ -345,76 +338,58 @@ def draw_effect(on: Any, of: Evidence, name: str) -> None:
     shown.axes_[0, 0].set(xlabel=readable(name), ylabel="probability of fraud", ylim=(0, None))
 
 
-def svg(title: str, described: str, draw: Any, *given: Any) -> str:
-    """A plot as a figure of HTML in the colours of the page, with its description below it and for screen readers."""
+def svg(draw: Any, *given: Any) -> str:
+    """A plot in the colours of the page, from the attributes of its svg element on."""
     text = io.StringIO()
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         draw(figure.subplots(), *given)
         figure.savefig(text, format="svg", metadata={"Date": None})
-    body = text.getvalue().partition("<svg ")[2].replace("#000000", "currentColor")
-    opening = f'<svg role="img" aria-label="{html.escape(f"{title}. {described}")}" '
-    return f"<figure><h3>{title}</h3>{opening}{body}<figcaption>{described}</figcaption></figure>"
+    return text.getvalue().partition("<svg ")[2].replace("#000000", "currentColor")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def grid(title: str, table: pd.DataFrame) -> str:
-    """A table that can be scrolled where it is too wide, also with the keyboard; intervals stay on one line."""
-    opening = f'<div class="wide" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
-    body = table.to_html(border=0, sparsify=False).partition(">")[2]
-    return opening + re.sub(r"(\[[^],]+,) | (%)", r"\1&nbsp;\2", body) + "</div>"
+def period(sample: Sample) -> str:
+    if sample.times is None:
+        return "unknown, as no --time-column was given"
+    ends = sample.times[[0, -1]]
+    return " to ".join(pd.to_datetime(ends, unit="s").strftime("%Y-%m-%d") if sample.dated else map(str, ends))
 
 
-def listed(facts: dict[str, Any]) -> str:
-    pairs = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items())
-    return f"<dl>{''.join(pairs)}</dl>"
-
-
-def card(of: Evidence) -> dict[str, str]:
-    """Who answers for the model, what for, and of what it was made."""
-    options, times, period = of.options, of.sample.times, "unknown, as no --time-column was given"
-    if times is not None:
-        ends = pd.to_datetime(times[[0, -1]], unit="s").strftime("%Y-%m-%d") if of.sample.dated else times[[0, -1]]
-        period = f"{ends[0]} to {ends[1]}"
-    counts = [f"{len(part):,}, of them {part.labels.sum():,} fraud" for part in (of.training, of.held_out)]
-    who = {"Purpose": options.purpose, "Owner": options.owner, "Approver": options.approver}
-    what = {"Data": options.data or "generated transactions, not real ones", "Data period": period}
-    return who | what | {"Training rows": counts[0], "Rows held out": counts[1]}
-
-
-def stability(of: Evidence) -> str:
+def stability(of: Evidence) -> dict[str, pd.DataFrame]:
+    """Tables by title; none where the rows are in no order of time."""
     if not of.options.by_time:
-        return '<p class="warning">Stability over time is unknown: the rows were not held out by time.</p>'
-    rule, (rows, scores) = of.rules[of.options.decide_by], of.validated
-    before, after = by_period(rows, scores, rule), by_period(of.held_out, of.models[NEW].probabilities, rule)
-    change = pd.DataFrame({"population stability index": drift(of.sample)}).map(short).rename(readable)
-    held_out = grid("Rows held out", after) + grid("Change from the first to the last fifth of the rows", change)
-    return grid("Training rows, scored by models fitted to earlier ones", before) + held_out
+        return {}
+    rule, change = of.rules[of.options.decide_by], pd.DataFrame({"population stability index": drift(of.sample)})
+    return {
+        "Training rows, scored by models fitted to earlier ones": by_period(*of.validated, rule),
+        "Rows held out": by_period(of.held_out, of.models[NEW].probabilities, rule),
+        "Change from the first to the last fifth of the rows": change.map(short).rename(readable),
+    }
 
 
 def page(of: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
-    """One HTML page with everything in it."""
-    compared = [name for name in (CHAMPION, NEW, BASELINE) if name in of.models]
-    by_band = {name: bands(of.models[name], of.held_out) for name in compared if name != BASELINE}
-    parts = {
-        "checks": "".join(f"<li>{html.escape(check)}</li>" for check in checks),
-        "notes": "".join(f'<p class="warning">{html.escape(note)}</p>' for note in of.sample.notes),
-        "business": grid("For 100,000 transactions a day", business(of.rounds)),
-        "few": grid("Measures on the rows held out", of.measured().iloc[[0, 4, 5, 6, 10]][compared]),
-        "alerts": svg("Frauds caught by alerts", "The points are where the models work.", draw_alerts, of),
-        "card": listed(card(of)),
-        "decisions": grid("Both rules on the rows held out", decisions(of)),
-        "costs": svg("Cost of every threshold", "Lines: the threshold, and what expected cost costs.", draw_cost, of),
-        "bands": "".join(grid(f"Frauds by band, {name}", each.map(short)) for name, each in by_band.items()),
-        "calibration": svg("Actual frauds for each expected one", "On the line they agree.", draw_bands, by_band),
-        "segments": grid("Segments of the rows held out", segments(of)),
-        "effects": "".join(svg(readable(name), "", draw_effect, of, name) for name in of.held_out.rows),
+    """One HTML page with everything in it: report.html, filled in."""
+    by_band = {name: bands(of.models[name], of.held_out) for name in (CHAMPION, NEW) if name in of.models}
+    found = {
+        "business": business(of.rounds),
+        "alerts": svg(draw_alerts, of),
+        "period": period(of.sample),
+        "decisions": decisions(of),
+        "costs": svg(draw_cost, of),
+        "bands": {name: each.map(short) for name, each in by_band.items()},
+        "calibration": svg(draw_bands, by_band),
+        "segments": segments(of),
+        "effects": {readable(name): svg(draw_effect, of, name) for name in of.held_out.rows},
         "stability": stability(of),
-        "measures": grid("Measures on the rows held out", of.measured()),
-        "made": listed({readable(name): fact for name, fact in made.items()}),
+        "measured": of.measured(),
+        "compared": [*by_band, BASELINE],
+        "made": {readable(name): fact for name, fact in made.items()},
+        "factor": MISCALIBRATED,
+        "fewest": FEWEST,
     }
-    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    title, verdict = html.escape(title), html.escape(verdict)
-    return template.substitute(parts, title=title, verdict=verdict, factor=MISCALIBRATED, fewest=FEWEST)
+    text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    return template.render(found, of=of, title=title, verdict=verdict, checks=checks)
