@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import pandas as pd
+from scipy.stats import entropy
 
 from model import CATEGORY, DTYPES, LARGEST, MONEY, NUMBERS, SIGNATURE, Features, Floats, Reference, Transaction
 
@@ -22,11 +23,12 @@ LABEL, ID = "is_fraud", "transaction_id"
 # The rules of the API, and of the label, as JSON Schema.
 RULES: dict[str, dict[str, Any]] = {
     **msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"],
-    LABEL: {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 1, "description": "0 or 1"},
+    LABEL: {"type": "integer", "minimum": 0, "maximum": 1, "multipleOf": 1, "description": "0 or 1"},
 }
 # "" and "NA" are what stands there; a surplus cell is an error.
 CSV: Any = {"dtype": {CATEGORY: str, ID: str}, "keep_default_na": False, "low_memory": False, "index_col": False}
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
+NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what errors="surrogateescape" makes of bytes not in UTF-8
 TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
 FEWEST = 100  # rows of either class, to train and measure on
 FEWEST_IN_PART = 10
@@ -78,20 +80,16 @@ def read(path: Path, time_column: str | None = None, ordered: bool = False) -> S
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             table = _table(path)
         columns = {name: _typed(table[name], rule["type"]) for name, rule in RULES.items() if name in table}
-        if LABEL in table and table[LABEL].dtype.kind == "b":
-            columns[LABEL] = pd.Series(table[LABEL].to_numpy(np.float64, na_value=np.nan))
-        times = _moments(table[time_column]) if time_column and time_column in table else None
+        times, dated = _moments(table[time_column]) if time_column in table else (None, False)
     except (OSError, EOFError, ValueError, TypeError, NotImplementedError, pd.errors.ParserWarning) as error:
         raise DataError(f"{path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
     if found := [*_faults(table, columns, time_column, times)]:
         raise DataError(f"{path} cannot be trained on: {'; '.join(found)}")
     rows = pd.DataFrame({name: columns[name].to_numpy(DTYPES[kind]) for name, kind in SIGNATURE})
-    for name in MONEY:
-        rows[name] = rows[name].clip(-LARGEST, LARGEST)  # as the service does
+    rows[[*MONEY]] = rows[[*MONEY]].clip(-LARGEST, LARGEST)  # as the service does
     labels, notes = columns[LABEL].to_numpy(np.int64), tuple(_notes(table, rows, ordered or times is not None))
     if times is None:
         return Sample(rows, labels, notes=notes)
-    dated = bool(_typed(table[time_column], "number").isna().all())
     return Sample(rows, labels, None, times.to_numpy(), dated, notes).take(np.argsort(times, kind="stable"))
 
 
@@ -100,13 +98,12 @@ def _table(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     if not path.name.lower().endswith((".csv", ".csv.gz")):
         raise ValueError("expected a name that ends in .csv, .csv.gz or .parquet")
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):  # pandas does not name the line, and cuts text at a NUL byte
-            try:
-                if "\0" in line.decode():
-                    raise ValueError(f"line {number:,} has a NUL byte: expected text in UTF-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"line {number:,} is not in UTF-8, the encoding expected: {error.reason}") from None
+            if found := NO_TEXT.search(line):
+                what = f"it has the byte {found[0].encode(errors='surrogateescape')!r}"
+                raise ValueError(f"line {number:,} is not text in UTF-8, the encoding expected: {what}")
     return pd.read_csv(path, **CSV)
 
 
@@ -114,18 +111,21 @@ def _typed(column: Column, kind: str) -> Column:
     """Text as it is and "" where there is none; numbers as float64 and NaN where there is none."""
     if kind == "string":
         return column.astype(object).where(column.notna(), "").astype(str)
-    if column.dtype.kind in "bmM":  # true is no number, nor is a date
+    if column.dtype.kind in ("mM" if kind == "integer" else "bmM"):  # true is 1 as a label only; a date is no number
         return pd.Series(np.full(len(column), np.nan))
     return pd.Series(pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan))
 
 
-def _moments(column: Column) -> Column:
-    """Numbers, or dates as ISO 8601 has them, as float64; NaN where there is none. Dates without a zone are UTC."""
+def _moments(column: Column) -> tuple[Column, bool]:
+    """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether they were dates.
+
+    Dates without a zone are UTC.
+    """
     numbers = _typed(column, "number")
     if numbers.notna().any() or column.dtype.kind == "b":
-        return numbers
+        return numbers, False
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
-    return (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    return (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds(), True
 
 
 def _faults(
@@ -171,17 +171,16 @@ def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[s
     if kinds > MOST_CATEGORIES:
         yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not kinds"
     others = [] if ordered else [str(name) for name in table.columns if name not in RULES]
-    if found := [name for name in others if re.search(TIME_NAME, name) or _dates(table[name].head(1000))]:
+    if found := [name for name in others if re.search(TIME_NAME, name) or _dated(table[name].head(1000))]:
         yield (
             f"WARNING: {', '.join(found)} looks like a time, and --time-column is not given: "
             "rows are held out at random, so figures for later transactions may be far worse than those measured"
         )
 
 
-def _dates(column: Column) -> bool:
-    if column.dtype.kind in "biuf":
-        return False
-    return bool(pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True).notna().mean() > 0.9)
+def _dated(column: Column) -> bool:
+    times, dated = _moments(column)
+    return dated and bool(times.notna().mean() > 0.9)
 
 
 # -- generated ---------------------------------------------------------------------------------------------------------
@@ -290,7 +289,10 @@ def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sam
 
 
 def drift(sample: Sample) -> dict[str, float]:
-    """The population stability index of each field, between the first and the last fifth of the rows."""
+    """The population stability index of each field, between the first and the last fifth of the rows.
+
+    It is the sum of both relative entropies; numbers are in tenths of the first fifth.
+    """
     found, size = {}, len(sample) // 5
     for name in sample.rows:
         values = sample.rows[name]
@@ -298,8 +300,7 @@ def drift(sample: Sample) -> dict[str, float]:
             values = np.searchsorted(np.unique(np.quantile(values[:size], np.arange(1, 10) / 10)), values)
         codes, kinds = pd.factorize(values)
         before, after = (np.bincount(part, minlength=len(kinds)) + 0.5 for part in (codes[:size], codes[-size:]))
-        before, after = before / before.sum(), after / after.sum()
-        found[str(name)] = float(((after - before) * np.log(after / before)).sum())
+        found[str(name)] = float(entropy(after, before) + entropy(before, after))
     return found
 
 
