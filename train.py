@@ -113,22 +113,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import data
 import report
+import versions
 from data import LABEL, DataError, Sample, Split
 from model import CATEGORY, Features, Model, ModelError
 from report import BASELINE, CHAMPION, NEW, WITHOUT_AGE, Evidence, Rule, Scored, readable
-from versions import (
-    aliases,
-    as_served,
-    champion_of,
-    check_release,
-    metadata,
-    promote,
-    register,
-    rollback,
-    say,
-    still,
-    use_experiment,
-)
+from versions import say, still
 
 SEARCH_ROWS = 200_000
 FOLDS = 3
@@ -340,15 +329,15 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
     Raises `DataError`, `ModelError`, or MLflow's exception.
     """
-    use_experiment(options.name, config.mlflow_tracking_uri)
-    if options.if_missing and CHAMPION in aliases(options.name):
+    versions.use_experiment(options.name, config.mlflow_tracking_uri)
+    if options.if_missing and CHAMPION in versions.aliases(options.name):
         return 0
-    check_release(options)
+    versions.check_release(options)
     path, ordered = options.data, options.by_time
     say(f"reading {path}" if path else f"generating {options.rows:,} transactions")
     sample = data.read(Path(path), options.time_column, ordered) if path else data.generate(options.rows, options.seed)
     training, held_out, how = data.split(sample, options.test_size, ordered)
-    number, champion, held_out = champion_of(options, config, sample, held_out)
+    number, champion, held_out = versions.champion_of(options, config, sample, held_out)
     for line in (*sample.notes, f"{len(sample):,} transactions, {sample.labels.sum():,} of them fraud"):
         say(line)
     with mlflow.start_run():
@@ -361,9 +350,9 @@ def run(options: argparse.Namespace, config: Config) -> int:
         print(of.measured().to_string(), verdict, *checks, sep="\n", flush=True)
         version = publish(of, how, passed, "; ".join([verdict, *checks]))
         log_report(of, version, verdict, checks, given)
-    as_served(options.name, version, config)
+    versions.as_served(options.name, version, config)
     if promoted:
-        promote(options.name, version, number)
+        versions.promote(options.name, version, number)
         return 0
     return 0 if options.promote == "never" else NOT_PROMOTED
 
@@ -373,7 +362,7 @@ def publish(of: Evidence, how: Split, passed: bool, verdict: str) -> str:
     say("registering")
     options, rule, measured = of.options, of.rules[of.options.decide_by], of.rounds[NEW].iloc[0].to_dict()
     numbers = data.reference(of.training, of.models[NEW].probabilities)
-    inside = metadata(of.pipeline, of.held_out.rows, rule, measured, numbers)
+    inside = versions.metadata(of.pipeline, of.held_out.rows, rule, measured, numbers)
     tags = {name: str(getattr(options, name)) for name in ("release", "promote", "decide_by", "owner", "approver")}
     tags |= {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
     if options.promote == "always" and not passed:
@@ -382,7 +371,7 @@ def publish(of: Evidence, how: Split, passed: bool, verdict: str) -> str:
     tags |= {name: f"{value:.6g}" for name, value in measured.items()}
     tags = {name: value for name, value in tags.items() if value != "None"}
     lines = [f"{name}: {value}" for name, value in of.measured()[NEW].items()]
-    return register(of.pipeline, inside, options.name, tags, "  \n".join([*verdict.split("; "), *lines]))
+    return versions.register(of.pipeline, inside, options.name, tags, "  \n".join([*verdict.split("; "), *lines]))
 
 
 def log_report(of: Evidence, version: str, verdict: str, checks: list[str], given: dict[str, Any]) -> None:
@@ -406,7 +395,7 @@ def main() -> int | str:
     """The exit status, or what went wrong."""
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     try:
-        return rollback(options.name) if options.command == "rollback" else run(options, config)
+        return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
     except (DataError, ModelError, MlflowException, OSError, SQLAlchemyError) as error:
         return f"train: {config.mask(str(error).partition(chr(10))[0])}"
 

@@ -30,6 +30,7 @@ from webtest import TestApp
 
 import fraud_api
 import train
+import versions
 from chaos import Chaos
 from model import Model, Snapshot, acquire, load
 
@@ -283,7 +284,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     server.wait_answer(f"{url}/health")
     mlflow.set_tracking_uri(url)
-    train.use_experiment(NAME, url)
+    versions.use_experiment(NAME, url)
     yield url
     server.stop()
 
