@@ -307,7 +307,7 @@ def drift(sample: Sample) -> dict[str, float]:
 # -- what travels with a model -----------------------------------------------------------------------------------------
 
 
-def between(limit: float, scores: Floats) -> float:
+def midpoint(limit: float, scores: Floats) -> float:
     """The middle between the lowest score from `limit` on and the next lower one, so that no score lies on it."""
     distinct = np.unique([0.0, *scores, 1.0])
     distinct = distinct[np.diff(distinct, prepend=-1) > 1e-9]  # another order of summation is no other score
@@ -324,7 +324,7 @@ def reference(training: Sample, scores: Floats) -> Reference:
     categories = rows[CATEGORY].value_counts()
     ordinary = numbers.quantile(0.5, interpolation="lower").to_dict() | {CATEGORY: categories.index[0]}
     tenths = np.quantile(scores, np.arange(1, 10) / 10, method="inverted_cdf")
-    limits = [between(float(np.nextafter(tenth, 1)), scores) for tenth in tenths]
+    limits = [midpoint(float(np.nextafter(tenth, 1)), scores) for tenth in tenths]
     counts = np.bincount(np.searchsorted(limits, scores), minlength=10)
     return Reference(
         score_deciles=limits,

@@ -207,41 +207,41 @@ def business(rounds: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return table.map("{:,.0f}".format)
 
 
-def decisions(of: Evidence) -> pd.DataFrame:
+def decisions(evidence: Evidence) -> pd.DataFrame:
     """What both rules do on the hold-out, the cheapest threshold in hindsight, and flagging nothing."""
-    scores, missed = of.models[NEW].probabilities, costs_of_missing(of.held_out, of.options)
-    thresholds, costs, _ = cost_curve(scores, missed, of.options.cost_review)
-    rules = {name + ", in force" * (name == of.options.decide_by): rule for name, rule in of.rules.items()}
+    scores, missed = evidence.models[NEW].probabilities, costs_of_missing(evidence.held_out, evidence.options)
+    thresholds, costs, _ = cost_curve(scores, missed, evidence.options.cost_review)
+    rules = {name + ", in force" * (name == evidence.options.decide_by): rule for name, rule in evidence.rules.items()}
     rules["cheapest threshold, in hindsight"] = Rule("threshold", float(thresholds[costs.argmin()]))
     found = {}
     for name, rule in (rules | {"flag nothing": Rule("threshold", np.inf)}).items():
-        flagged = rule.flags(scores, of.held_out)
-        counts = confusion_matrix(of.held_out.labels, flagged, labels=[1, 0]).ravel()
-        found[name] = [rule.limit, *counts, cost_of(flagged, missed, of.options.cost_review)]
+        flagged = rule.flags(scores, evidence.held_out)
+        counts = confusion_matrix(evidence.held_out.labels, flagged, labels=[1, 0]).ravel()
+        found[name] = [rule.limit, *counts, cost_of(flagged, missed, evidence.options.cost_review)]
     columns = ["limit", "frauds flagged", "frauds missed", "genuine flagged", "genuine passed", "cost per 1,000"]
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).map(short)
 
 
-def share(hits: float, of: float) -> str:
+def share(hits: float, total: float) -> str:
     """A share in percent with its 95 % interval (Wilson 1927)."""
-    if not of:
+    if not total:
         return "none"
-    low, high = binomtest(int(hits), int(of)).proportion_ci(method="wilson")
-    return f"{100 * hits / of:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
+    low, high = binomtest(int(hits), int(total)).proportion_ci(method="wilson")
+    return f"{100 * hits / total:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
 
 
-def segments(of: Evidence) -> pd.DataFrame:
+def segments(evidence: Evidence) -> pd.DataFrame:
     """The hold-out by age, amount, hour and category, and what is of categories not in training."""
-    rows, fraud, categories = of.held_out.rows, of.held_out.labels == 1, of.held_out.rows[CATEGORY]
+    rows, fraud, categories = evidence.held_out.rows, evidence.held_out.labels == 1, evidence.held_out.rows[CATEGORY]
     fifths = np.quantile(rows["amount"], [0.2, 0.4, 0.6, 0.8, 1]).round()
     groups = {
         "Age": _cut(rows["user_age"], [0, 25, 35, 50, 65, 131]),
         "Amount": _cut(rows["amount"], np.unique([0, *fifths[:-1], fifths[-1] + 2])),
         "Hour": _cut(rows["hour"], [0, 6, 12, 18, 24]),
         "Category": categories.where(categories.isin(categories.value_counts().index[:20]), "all others"),
-        "New category": np.where(categories.isin(of.training.rows[CATEGORY].unique()), "no", "yes"),
+        "New category": np.where(categories.isin(evidence.training.rows[CATEGORY].unique()), "no", "yes"),
     }
-    models = {"": of.models[NEW], " without age": of.models[WITHOUT_AGE]}
+    models = {"": evidence.models[NEW], " without age": evidence.models[WITHOUT_AGE]}
     columns = {"rows": 1, "frauds": fraud, "expected": models[""].probabilities}
     for name, model in models.items():
         columns |= {"alerts" + name: model.flagged, "hits" + name: model.flagged & fraud}
@@ -286,55 +286,55 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon"
 STYLE |= {"axes.prop_cycle": "cycler('color', ['d9480f'])"}
 
 
-def draw_alerts(on: Any, of: Evidence) -> None:
-    size, labels = len(of.held_out), of.held_out.labels
+def draw_alerts(axes: Any, evidence: Evidence) -> None:
+    size, labels = len(evidence.held_out), evidence.held_out.labels
     at = np.unique(np.geomspace(max(size / 10_000, 1), size, 300).astype(int))
-    for name in (name for name in of.models if name in (NEW, CHAMPION, BASELINE)):
-        model, color = of.models[name], COLORS[name]
+    for name in (name for name in evidence.models if name in (NEW, CHAMPION, BASELINE)):
+        model, color = evidence.models[name], COLORS[name]
         caught = labels[np.argsort(-model.probabilities, kind="stable")].cumsum()[at - 1] / labels.sum()
-        on.plot(1e5 * at / size, 100 * caught, color=color, label=name)
-        on.plot(1e5 * model.flagged.mean(), 100 * labels[model.flagged].sum() / labels.sum(), "o", color=color)
-    on.set(xscale="log", ylim=(0, 101), xlabel="alerts per 100,000 transactions", ylabel="frauds caught, %")
-    on.legend()
+        axes.plot(1e5 * at / size, 100 * caught, color=color, label=name)
+        axes.plot(1e5 * model.flagged.mean(), 100 * labels[model.flagged].sum() / labels.sum(), "o", color=color)
+    axes.set(xscale="log", ylim=(0, 101), xlabel="alerts per 100,000 transactions", ylabel="frauds caught, %")
+    axes.legend()
 
 
-def draw_cost(on: Any, of: Evidence) -> None:
-    scores, review = of.models[NEW].probabilities, of.options.cost_review
-    missed = costs_of_missing(of.held_out, of.options)
+def draw_cost(axes: Any, evidence: Evidence) -> None:
+    scores, review = evidence.models[NEW].probabilities, evidence.options.cost_review
+    missed = costs_of_missing(evidence.held_out, evidence.options)
     thresholds, costs, _ = cost_curve(scores, missed, review)
     costs, at = 1000 * costs / len(scores), np.linspace(0, len(costs) - 1, 500).astype(int)
-    on.plot(thresholds[at], costs[at], color=COLORS[NEW], label="every threshold")
-    on.plot(thresholds[costs.argmin()], costs.min(), "o", color=COLORS[CHAMPION], label="cheapest, in hindsight")
-    on.axvline(of.rules["threshold"].limit, color=COLORS[NEW], linestyle=":", label="rule: threshold")
-    paid = cost_of(of.rules["expected-cost"].flags(scores, of.held_out), missed, review)
-    on.axhline(paid, color=COLORS[WITHOUT_AGE], linestyle="--", label="rule: expected cost")
-    on.set(xscale="log", xlabel="threshold", ylabel="cost per 1,000 transactions", ylim=(0, 1.5 * costs[0]))
-    on.legend()
+    axes.plot(thresholds[at], costs[at], color=COLORS[NEW], label="every threshold")
+    axes.plot(thresholds[costs.argmin()], costs.min(), "o", color=COLORS[CHAMPION], label="cheapest, in hindsight")
+    axes.axvline(evidence.rules["threshold"].limit, color=COLORS[NEW], linestyle=":", label="rule: threshold")
+    paid = cost_of(evidence.rules["expected-cost"].flags(scores, evidence.held_out), missed, review)
+    axes.axhline(paid, color=COLORS[WITHOUT_AGE], linestyle="--", label="rule: expected cost")
+    axes.set(xscale="log", xlabel="threshold", ylabel="cost per 1,000 transactions", ylim=(0, 1.5 * costs[0]))
+    axes.legend()
 
 
-def draw_bands(on: Any, tables: dict[str, pd.DataFrame]) -> None:
+def draw_bands(axes: Any, tables: dict[str, pd.DataFrame]) -> None:
     for shift, (name, table) in enumerate(tables.items()):
         each = table[["low", "actual", "high"]].div(table["expected"], axis=0).clip(lower=0.05).to_numpy().T
         ends = np.diff(each, axis=0).clip(min=0)
-        on.errorbar(np.arange(len(table)) + 0.15 * shift, each[1], ends, fmt="o", color=COLORS[name], label=name)
-    on.axhline(1, color=COLORS[BASELINE], linestyle=":")
-    on.set_yscale("log")
-    on.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
-    on.set_yticks([], minor=True)
-    on.set_xticks(range(len(table)), [name.replace(", ", ",\n") for name in table.index])
-    on.set_ylabel("actual frauds for each expected one")
-    on.legend()
+        axes.errorbar(np.arange(len(table)) + 0.15 * shift, each[1], ends, fmt="o", color=COLORS[name], label=name)
+    axes.axhline(1, color=COLORS[BASELINE], linestyle=":")
+    axes.set_yscale("log")
+    axes.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+    axes.set_yticks([], minor=True)
+    axes.set_xticks(range(len(table)), [name.replace(", ", ",\n") for name in table.index])
+    axes.set_ylabel("actual frauds for each expected one")
+    axes.legend()
 
 
-def draw_effect(on: Any, of: Evidence, name: str) -> None:
+def draw_effect(axes: Any, evidence: Evidence, name: str) -> None:
     """Partial dependence (Friedman 2001), of numbers with the curves of 50 transactions (Goldstein et al. 2015)."""
-    rows = of.held_out.evenly(500).rows.astype(dict.fromkeys(NUMBERS, float))
+    rows = evidence.held_out.evenly(500).rows.astype(dict.fromkeys(NUMBERS, float))
     rows = rows[rows[CATEGORY].isin(rows[CATEGORY].value_counts().index[:15])]
     drawn: Any = {"categorical_features": [name]}
     if name != CATEGORY:
-        drawn = {"kind": "both", "subsample": 50, "random_state": 0, "ice_lines_kw": {"color": COLORS[BASELINE]}}
-        drawn["pd_line_kw"] = {"color": COLORS[NEW], "linestyle": "-"}
-    shown = PartialDependenceDisplay.from_estimator(of.pipeline, rows, [name], grid_resolution=30, ax=on, **drawn)
+        drawn = {"kind": "both", "subsample": 50, "random_state": 0, "grid_resolution": 30}
+        drawn |= {"ice_lines_kw": {"color": COLORS[BASELINE]}, "pd_line_kw": {"color": COLORS[NEW], "linestyle": "-"}}
+    shown = PartialDependenceDisplay.from_estimator(evidence.pipeline, rows, [name], ax=axes, **drawn)
     shown.axes_[0, 0].set(xlabel=readable(name), ylabel="probability of fraud", ylim=(0, None))
 
 
@@ -358,33 +358,35 @@ def period(sample: Sample) -> str:
     return " to ".join(pd.to_datetime(ends, unit="s").strftime("%Y-%m-%d") if sample.dated else map(str, ends))
 
 
-def stability(of: Evidence) -> dict[str, pd.DataFrame]:
+def stability(evidence: Evidence) -> dict[str, pd.DataFrame]:
     """Tables by title; none where the rows are in no order of time."""
-    if not of.options.by_time:
+    if not evidence.options.by_time:
         return {}
-    rule, change = of.rules[of.options.decide_by], pd.DataFrame({"population stability index": drift(of.sample)})
+    rule = evidence.rules[evidence.options.decide_by]
+    change = pd.DataFrame({"population stability index": drift(evidence.sample)})
     return {
-        "Training rows, scored by models fitted to earlier ones": by_period(*of.validated, rule),
-        "Rows held out": by_period(of.held_out, of.models[NEW].probabilities, rule),
+        "Training rows, scored by models fitted to earlier ones": by_period(*evidence.validated, rule),
+        "Rows held out": by_period(evidence.held_out, evidence.models[NEW].probabilities, rule),
         "Change from the first to the last fifth of the rows": change.map(short).rename(readable),
     }
 
 
-def page(of: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
+def page(evidence: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
     """One HTML page with everything in it: report.html, filled in."""
-    by_band = {name: bands(of.models[name], of.held_out) for name in (CHAMPION, NEW) if name in of.models}
+    models, held_out = evidence.models, evidence.held_out
+    by_band = {name: bands(models[name], held_out) for name in (CHAMPION, NEW) if name in models}
     found = {
-        "business": business(of.rounds),
-        "alerts": svg(draw_alerts, of),
-        "period": period(of.sample),
-        "decisions": decisions(of),
-        "costs": svg(draw_cost, of),
+        "business": business(evidence.rounds),
+        "alerts": svg(draw_alerts, evidence),
+        "period": period(evidence.sample),
+        "decisions": decisions(evidence),
+        "costs": svg(draw_cost, evidence),
         "bands": {name: each.map(short) for name, each in by_band.items()},
         "calibration": svg(draw_bands, by_band),
-        "segments": segments(of),
-        "effects": {readable(name): svg(draw_effect, of, name) for name in of.held_out.rows},
-        "stability": stability(of),
-        "measured": of.measured(),
+        "segments": segments(evidence),
+        "effects": {readable(name): svg(draw_effect, evidence, name) for name in held_out.rows},
+        "stability": stability(evidence),
+        "measured": evidence.measured(),
         "compared": [*by_band, BASELINE],
         "made": {readable(name): fact for name, fact in made.items()},
         "factor": MISCALIBRATED,
@@ -392,4 +394,4 @@ def page(of: Evidence, title: str, verdict: str, checks: list[str], made: dict[s
     }
     text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
-    return template.render(found, of=of, title=title, verdict=verdict, checks=checks)
+    return template.render(found, evidence=evidence, title=title, verdict=verdict, checks=checks)

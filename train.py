@@ -225,23 +225,23 @@ def review_cost(probabilities: np.ndarray, sample: Sample, options: argparse.Nam
     return float(max([options.cost_review, *np.nextafter(worth[most : most + 1], np.inf)]))
 
 
-def gate(of: Evidence, champion: str | None) -> tuple[bool, list[str]]:
+def gate(evidence: Evidence, champion: str | None) -> tuple[bool, list[str]]:
     """Whether the new version may become champion, and what was checked; `champion` is the champion's version number.
 
     Beyond noise is in 95 % of the resamples. A first champion has to be better than a logistic regression.
     """
-    if champion and CHAMPION not in of.models:
+    if champion and CHAMPION not in evidence.models:
         return False, [f"NOT compared with version {champion}, the champion"]
-    new, other = of.rounds[NEW], of.rounds[CHAMPION if champion else BASELINE]
+    new, other = evidence.rounds[NEW], evidence.rounds[CHAMPION if champion else BASELINE]
     gains = (new - other)[["average_precision", "cost"]]
     low, high = gains[1:].quantile(report.INTERVAL).to_numpy()
-    gain, dearer = (f"{v:+.3g} [{a:+.3g}, {b:+.3g}]" for v, a, b in zip(gains.iloc[0], low, high, strict=True))
-    factor = report.bands(of.models[NEW], of.held_out)["factor"].max()
+    gain, extra = (f"{v:+.3g} [{a:+.3g}, {b:+.3g}]" for v, a, b in zip(gains.iloc[0], low, high, strict=True))
+    factor = report.bands(evidence.models[NEW], evidence.held_out)["factor"].max()
     off = f"{factor:.2f}× apart beyond noise in the worst band, accepted up to {report.MISCALIBRATED}×"
     checks = [(factor <= report.MISCALIBRATED, f"calibrated: expected and actual frauds are {off}")]
     if champion:
         checks.append((low[0] > 0, f"more precise than version {champion} beyond noise: average precision {gain}"))
-        checks.append((low[1] <= 0, f"as cheap as version {champion} within noise: cost per 1,000 {dearer}"))
+        checks.append((low[1] <= 0, f"as cheap as version {champion} within noise: cost per 1,000 {extra}"))
     else:
         saved = new["cost_of_flagging_nothing"][0] - new["cost"][0]
         checks.append((gains.iloc[0, 0] > 0, f"more precise than a {BASELINE}: average precision {gain}"))
@@ -266,7 +266,7 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
     with still("fitting"):
         Parallel(-1, require="sharedmem")(jobs)
     cheapest = best_threshold(scores, recalibrated(scores, few), options)
-    threshold = data.between(cheapest, trees.predict_proba(training.rows)[:, 1])
+    threshold = data.midpoint(cheapest, trees.predict_proba(training.rows)[:, 1])
     by_cost = Rule("review_cost", review_cost(scores, few, options))
     rules = {"threshold": Rule("threshold", threshold), "expected-cost": by_cost}
     found = {"pipeline": trees, "rules": rules, "settings": settings, "validated": (few, scores)}
@@ -274,11 +274,10 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
 
 
 def scores_of(model: Any, held_out: Sample) -> np.ndarray:
-    """Probabilities of the rows held out, of a `Model` as the service would answer, 10,000 rows at a time."""
+    """Probabilities of the rows held out, of a `Model` as the service would answer."""
     if not isinstance(model, Model):
         return np.asarray(model.predict_proba(held_out.rows)[:, 1])
-    rows = [Features(*row) for row in held_out.rows.itertuples(index=False, name=None)]
-    return np.concatenate([model.score(rows[at : at + 10_000]) for at in range(0, len(rows), 10_000)])
+    return model.score([Features(*row) for row in held_out.rows.itertuples(index=False, name=None)])
 
 
 def evaluate(
@@ -342,14 +341,14 @@ def run(options: argparse.Namespace, config: Config) -> int:
         say(line)
     with mlflow.start_run():
         given = log_inputs(options, how, training, held_out)
-        of = evaluate(options, sample, training, held_out, champion)
-        passed, checks = gate(of, number)
+        evidence = evaluate(options, sample, training, held_out, champion)
+        passed, checks = gate(evidence, number)
         promoted = options.promote == "always" or (options.promote == "if-better" and passed)
         fulfilled = f"{sum(not check.startswith('NOT') for check in checks)} of the gate's {len(checks)} checks passed"
         verdict = f"{'Promoted' if promoted else 'Not promoted'} with --promote {options.promote}: {fulfilled}"
-        print(of.measured().to_string(), verdict, *checks, sep="\n", flush=True)
-        version = publish(of, how, passed, "; ".join([verdict, *checks]))
-        log_report(of, version, verdict, checks, given)
+        print(evidence.measured().to_string(), verdict, *checks, sep="\n", flush=True)
+        version = publish(evidence, how, passed, "; ".join([verdict, *checks]))
+        log_report(evidence, version, verdict, checks, given)
     versions.as_served(options.name, version, config)
     if promoted:
         versions.promote(options.name, version, number)
@@ -357,37 +356,39 @@ def run(options: argparse.Namespace, config: Config) -> int:
     return 0 if options.promote == "never" else NOT_PROMOTED
 
 
-def publish(of: Evidence, how: Split, passed: bool, verdict: str) -> str:
-    """Register the version with what travels with it, its tags and its description; gives its number."""
+def publish(evidence: Evidence, how: Split, passed: bool, verdict: str) -> str:
+    """Register the version with its metadata, tags and description; gives its number."""
     say("registering")
-    options, rule, measured = of.options, of.rules[of.options.decide_by], of.rounds[NEW].iloc[0].to_dict()
-    numbers = data.reference(of.training, of.models[NEW].probabilities)
-    inside = versions.metadata(of.pipeline, of.held_out.rows, rule, measured, numbers)
-    tags = {name: str(getattr(options, name)) for name in ("release", "promote", "decide_by", "owner", "approver")}
-    tags |= {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
+    options, model, measured = evidence.options, evidence.pipeline, evidence.rounds[NEW].iloc[0].to_dict()
+    reference = data.reference(evidence.training, evidence.models[NEW].probabilities)
+    rule = evidence.rules[options.decide_by]
+    metadata = versions.metadata(model, evidence.held_out.rows, rule, measured, reference)
+    tags = {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
+    for name in ("release", "promote", "decide_by", "owner", "approver"):
+        if value := getattr(options, name):
+            tags[name] = value
     if options.promote == "always" and not passed:
         user = mlflow.active_run().data.tags.get("mlflow.user")  # type: ignore[union-attr]
         tags["override"] = f"promoted by {user} against the gate: {verdict}"
     tags |= {name: f"{value:.6g}" for name, value in measured.items()}
-    tags = {name: value for name, value in tags.items() if value != "None"}
-    lines = [f"{name}: {value}" for name, value in of.measured()[NEW].items()]
-    return versions.register(of.pipeline, inside, options.name, tags, "  \n".join([*verdict.split("; "), *lines]))
+    lines = [*verdict.split("; "), *(f"{name}: {value}" for name, value in evidence.measured()[NEW].items())]
+    return versions.register(model, metadata, options.name, tags, "  \n".join(lines))
 
 
-def log_report(of: Evidence, version: str, verdict: str, checks: list[str], given: dict[str, Any]) -> None:
+def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str], given: dict[str, Any]) -> None:
     """Log measures, settings and the report."""
     say("drawing and logging the report")
-    for name, rounds in of.rounds.items():
+    for name, rounds in evidence.rounds.items():
         suffix = "" if name == NEW else "_" + name.replace(" ", "_")
         mlflow.log_metrics({measure + suffix: float(value) for measure, value in rounds.iloc[0].items()})
-    limits = {rule.by: rule.limit for rule in of.rules.values()}
-    mlflow.log_params(of.settings | limits)
+    limits = {rule.by: rule.limit for rule in evidence.rules.values()}
+    mlflow.log_params(evidence.settings | limits)
     run, server = mlflow.active_run().info, without_credentials(mlflow.get_tracking_uri())  # type: ignore[union-attr]
     page = f"{server}/#/experiments/{run.experiment_id}/runs/" if server.startswith("http") else ""
     made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": page + run.run_id}
-    made |= of.settings | limits | {name: value for name, value in given.items() if value is not None}
-    title = f"{of.options.name} version {version}, {time.strftime('%Y-%m-%d')}"
-    mlflow.log_text(report.page(of, title, verdict, checks, made), "report.html")
+    made |= evidence.settings | limits | {name: value for name, value in given.items() if value is not None}
+    title = f"{evidence.options.name} version {version}, {time.strftime('%Y-%m-%d')}"
+    mlflow.log_text(report.page(evidence, title, verdict, checks, made), "report.html")
     say(f"report: {without_credentials(mlflow.get_artifact_uri())}/report.html")
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import data
-from data import RULES, DataError, Sample, Split, between, drift, generate, read, reference, split
+from data import RULES, DataError, Sample, Split, drift, generate, midpoint, read, reference, split
 from model import CATEGORY
 
 SAMPLE = generate(12_000, seed=4)
@@ -325,7 +325,7 @@ def test_drift() -> None:
 def test_between(limit: float, expected: float) -> None:
     """A limit flags the same rows as before, and lies in the middle between two scores; last digits are no scores."""
     scores = np.array([0.1, 0.3, 0.3 + 1e-15, 0.9])
-    assert between(limit, scores) == pytest.approx(expected, abs=1e-12)
+    assert midpoint(limit, scores) == pytest.approx(expected, abs=1e-12)
 
 
 def test_reference_of_scores_that_tie() -> None:
