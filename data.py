@@ -25,15 +25,15 @@ RULES: dict[str, dict[str, Any]] = {
     **msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"],
     LABEL: {"type": "integer", "minimum": 0, "maximum": 1, "multipleOf": 1, "description": "0 or 1"},
 }
-# "" and "NA" are what stands there; a surplus cell is an error.
+# "" and "NA" are text, not missing values; a surplus cell is an error.
 CSV: Any = {"dtype": {CATEGORY: str, ID: str}, "keep_default_na": False, "low_memory": False, "index_col": False}
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what errors="surrogateescape" makes of bytes not in UTF-8
 TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
 FEWEST = 100  # rows of either class, to train and measure on
 FEWEST_IN_PART = 10
-MOST_CATEGORIES = 1000  # that monitoring knows; more look like a list of merchants, not of their kinds
-MOST_ENCODED = 254  # categories that the trees tell apart: HistGradientBoosting takes 255 values
+MOST_CATEGORIES = 1000  # that monitoring knows; more are probably merchants, not categories
+MOST_ENCODED = 254  # categories that the trees distinguish: HistGradientBoosting takes 255 values
 KEY = "fraud-api split1"  # of the hash, 16 bytes: another key, or another hash in pandas, holds out other rows
 
 Column = Any  # of a pandas DataFrame
@@ -62,12 +62,12 @@ class Sample:
         return len(self.labels)
 
     def take(self, chosen: np.ndarray) -> "Sample":
-        """These rows: a mask or positions."""
+        """The rows of a mask or of positions."""
         truth, times = (None if each is None else each[chosen] for each in (self.truth, self.times))
         return replace(self, rows=self.rows.iloc[chosen], labels=self.labels[chosen], truth=truth, times=times)
 
     def evenly(self, most: int) -> "Sample":
-        """No more than so many rows, from the first to the last."""
+        """At most `most` rows, evenly spaced from the first to the last."""
         return self.take(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int))
 
 
@@ -108,7 +108,7 @@ def _table(path: Path) -> pd.DataFrame:
 
 
 def _typed(column: Column, kind: str) -> Column:
-    """Text as it is and "" where there is none; numbers as float64 and NaN where there is none."""
+    """Text, "" if it is missing; or numbers as float64, NaN if they are missing."""
     if kind == "string":
         return column.astype(object).where(column.notna(), "").astype(str)
     if column.dtype.kind in ("mM" if kind == "integer" else "bmM"):  # true is 1 as a label only; a date is no number
@@ -131,7 +131,7 @@ def _moments(column: Column) -> tuple[Column, bool]:
 def _faults(
     table: pd.DataFrame, columns: dict[str, Column], time_column: str | None, times: Column | None
 ) -> Iterator[str]:
-    """What is wrong with a table, column by column; the first row below the header is row 1."""
+    """A sentence for each fault of a table; the first row below the header is row 1."""
     needed = [name for name in (*RULES, time_column) if name not in (None, ID)]
     if missing := [f"{name}: the column is missing" for name in needed if name not in table]:
         yield from missing
@@ -157,7 +157,7 @@ def _faults(
 
 
 def _keeps(column: Column, rule: dict[str, Any]) -> Column:
-    """Which values keep a rule of the API (JSON Schema)."""
+    """Which values follow a rule of the API (JSON Schema)."""
     if rule["type"] == "string":
         return column.str.len().between(rule["minLength"], rule["maxLength"])
     within = column.between(rule.get("minimum", -np.inf), rule.get("maximum", np.inf)) & np.isfinite(column)
@@ -165,7 +165,7 @@ def _keeps(column: Column, rule: dict[str, Any]) -> Column:
 
 
 def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[str]:
-    """What is not wrong, but may make the figures worthless."""
+    """Sentences about what training accepts but a reader of the report must know."""
     if (kinds := rows[CATEGORY].nunique()) > MOST_ENCODED:
         yield f"{kinds:,} values of {CATEGORY}: the {kinds - MOST_ENCODED + 1:,} rarest are taken as one"
     if kinds > MOST_CATEGORIES:
@@ -206,7 +206,7 @@ INTERCEPT = -7.58  # gives 1 % fraud
 
 
 def generate(rows: int, seed: int) -> Sample:
-    """Transactions like real ones, with the probabilities that their labels were drawn from.
+    """Synthetic transactions with the probabilities that their labels are drawn from.
 
     Fraud is rare (about 1 %), more likely for amounts that are large for their category or for the account, at night
     and above all at night in risky categories, for the youngest and oldest users and for overdrawn accounts.
@@ -245,7 +245,7 @@ def generate(rows: int, seed: int) -> Sample:
 
 
 class Split(msgspec.Struct, frozen=True):
-    """How rows were held out; recorded with a version. `last` is the latest row that was not: its moment or hash."""
+    """How rows were held out; recorded with a version. `last` is the time or the hash of the latest training row."""
 
     mode: Literal["hash", "time", "order"]
     test_size: float
@@ -253,7 +253,7 @@ class Split(msgspec.Struct, frozen=True):
     last: float | str | None = None
 
     def unseen(self, sample: Sample) -> np.ndarray:
-        """A mask of the rows that a model with this split has never seen. Raises `DataError` if none can be told."""
+        """A mask of the rows that a model with this split was not trained on. Raises `DataError` if it is unknown."""
         if self.key == KEY and self.mode == "hash":
             return np.asarray(pd.util.hash_array(_hashes(sample)) / 2.0**64 < self.test_size)
         if self.mode == "time" and sample.times is not None:
@@ -266,12 +266,12 @@ class Split(msgspec.Struct, frozen=True):
 
 
 def _hashes(sample: Sample) -> np.ndarray:
-    """A number for the values of each row, the same in every file and place."""
+    """A hash of the values of each row; it does not depend on the file or the position."""
     return np.asarray(pd.util.hash_pandas_object(sample.rows, index=False, hash_key=KEY))
 
 
 def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sample, Sample, Split]:
-    """The rows to train on and those held out: the latest where they are in order, else by their hash."""
+    """Split into training rows and hold-out: the latest rows if they are in order of time, else chosen by hash."""
     chosen = Split("hash", test_size)
     if in_order:
         last = len(sample) - round(len(sample) * test_size) - 1
@@ -308,17 +308,17 @@ def drift(sample: Sample) -> dict[str, float]:
 
 
 def midpoint(limit: float, scores: Floats) -> float:
-    """The middle between the lowest score from `limit` on and the next lower one, so that no score lies on it."""
+    """The midpoint of the lowest score that is at least `limit` and the next lower one, so that no score equals it."""
     distinct = np.unique([0.0, *scores, 1.0])
-    distinct = distinct[np.diff(distinct, prepend=-1) > 1e-9]  # another order of summation is no other score
+    distinct = distinct[np.diff(distinct, prepend=-1) > 1e-9]  # rounding makes smaller differences
     at = max(int(np.searchsorted(distinct, limit)), 1)
     return float(distinct[at - 1 : at + 1].mean())
 
 
 def reference(training: Sample, scores: Floats) -> Reference:
-    """What monitoring and explanations compare with: small numbers about the training rows, no row of them.
+    """Summary statistics of the training rows, for monitoring and explanations; they contain no row.
 
-    The limits between tenths of the scores lie between two scores each.
+    Each limit between tenths of the scores lies between two scores.
     """
     rows, numbers = training.rows, training.rows[[*NUMBERS]]
     categories = rows[CATEGORY].value_counts()

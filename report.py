@@ -1,4 +1,4 @@
-"""How good a model is: measures with their noise, tables, plots, and one HTML page that shows them."""
+"""How good a model is: measures with intervals, tables and plots, and the HTML page that shows them."""
 
 import io
 from argparse import Namespace
@@ -24,7 +24,7 @@ NEW, CHAMPION, BASELINE, WITHOUT_AGE = "new version", "champion", "logistic regr
 INTERVAL = (0.05, 0.95)
 RATES = (0.001, 0.01, 0.05)
 MISCALIBRATED = 1.25  # expected and actual frauds of a band differ by no more than this factor, beyond noise
-FEWEST = 20  # frauds, for a figure of a segment
+FEWEST = 20  # frauds: a smaller segment gets no figures
 TINY = 1e-9
 NAMES = {
     CATEGORY: "Category",
@@ -55,10 +55,10 @@ def short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is flagged: probabilities from a `threshold` on, or from `review_cost` ÷ amount on, as metadata names them.
+    """A decision rule: flag probabilities of at least a `threshold`, or of at least `review_cost` ÷ amount.
 
-    The latter costs least where a missed fraud costs its amount and probabilities are true (Elkan 2001, "The
-    Foundations of Cost-Sensitive Learning").
+    The second has the lowest expected cost if a missed fraud costs its amount and probabilities are calibrated (Elkan
+    2001, "The Foundations of Cost-Sensitive Learning"). `by` is the name of the limit in the metadata.
     """
 
     by: str
@@ -66,14 +66,13 @@ class Rule:
 
     def flags(self, probabilities: Floats, sample: Sample) -> np.ndarray:
         amounts = sample.rows["amount"].to_numpy().clip(TINY)
-        return np.asarray(
-            probabilities >= (self.limit if self.by == "threshold" else np.minimum(1, self.limit / amounts))
-        )
+        limit = self.limit if self.by == "threshold" else np.minimum(1, self.limit / amounts)
+        return np.asarray(probabilities >= limit)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of the hold-out: probabilities, and whether each row is flagged."""
+    """The scores of a model on the hold-out, and which rows it flags."""
 
     name: str
     probabilities: Floats
@@ -82,10 +81,10 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All that was found out about a model.
+    """All that the gate and the report need to know about a model.
 
-    `validated` are training rows with the scores of models that were not fitted to them. `models` are scored on the
-    hold-out, the new version first, and `rounds` their measures by `bootstrap`.
+    `validated` are training rows with their cross-validated scores. `models` are the models scored on the hold-out, the
+    new version first. `rounds` are their measures on the resamples of `bootstrap`.
     """
 
     options: Namespace
@@ -111,22 +110,18 @@ def _with_interval(rounds: pd.DataFrame) -> "pd.Series[str]":
 
 
 def costs_of_missing(sample: Sample, options: Namespace) -> Floats:
-    """What each row would cost if it were missed: nothing where it is no fraud."""
+    """The cost of each row if it is not flagged: 0 if it is no fraud."""
     amounts = sample.rows["amount"].to_numpy() if options.cost_missed is None else options.cost_missed
     return np.asarray(sample.labels * amounts, np.float64)
 
 
 def cost_of(flagged: np.ndarray, missed: Floats, review: float) -> float:
-    """Of 1,000 transactions: what the frauds cost that are not flagged, and what it costs to review the others."""
+    """The cost per 1,000 transactions of frauds that are not flagged and of reviews."""
     return float(1000 * (missed[~flagged].sum() + review * flagged.sum()) / len(missed))
 
 
 def cost_curve(probabilities: Floats, missed: Floats, review: float) -> tuple[Floats, Floats, np.ndarray]:
-    """Thresholds from the highest, what each would cost, and how many rows it flags; the first one is 1: next to none.
-
-    A row is flagged if its probability is at least the threshold. A fraud that is not costs what it costs to miss it,
-    an alert what it costs to review.
-    """
+    """All thresholds in falling order from 1, the total cost of each, and the number of rows that it flags."""
     thresholds, place = np.unique(np.append(probabilities, 1.0), return_inverse=True)
     alerts = np.bincount(place[:-1], minlength=len(thresholds))[::-1].cumsum()
     caught = np.bincount(place[:-1], weights=missed, minlength=len(thresholds))[::-1].cumsum()
@@ -134,7 +129,7 @@ def cost_curve(probabilities: Floats, missed: Floats, review: float) -> tuple[Fl
 
 
 def measures(labels: Any, scores: Floats, flagged: Any, missed: Floats, review: float) -> dict[str, float]:
-    """All that is said of a model, of rows in falling order of probability; costs are for 1,000 transactions."""
+    """The measures of a model; the rows are in falling order of probability, costs are per 1,000 transactions."""
     frauds, hits = labels.sum(), labels[flagged].sum()
     found = {
         "average_precision": average_precision_score(labels, scores),
@@ -152,9 +147,9 @@ def measures(labels: Any, scores: Floats, flagged: Any, missed: Floats, review: 
 
 
 def bootstrap(models: list[Scored], sample: Sample, options: Namespace, resamples: int) -> dict[str, pd.DataFrame]:
-    """For each model its measures (columns) on resamples of the hold-out (rows), the same ones for all.
+    """For each model a table of its measures (columns) on the hold-out (first row) and on resamples (other rows).
 
-    Efron 1979; as many rows, drawn with replacement, always the same ones. The first row is the hold-out itself.
+    A resample has as many rows as the hold-out, drawn with replacement (Efron 1979). All models get the same resamples.
     """
     missed, size = costs_of_missing(sample, options), len(sample)
     orders = [np.argsort(-model.probabilities, kind="stable") for model in models]
@@ -173,10 +168,10 @@ def bootstrap(models: list[Scored], sample: Sample, options: Namespace, resample
 
 
 def bands(model: Scored, sample: Sample) -> pd.DataFrame:
-    """Expected and actual frauds where decisions are made: of what is not flagged, and of thirds of what is.
+    """Expected and actual frauds among the rows that are not flagged, and in three bands of those that are.
 
-    The thirds have as many expected frauds each. `factor` is how far the expected ones are outside the 99 % interval
-    of the actual ones (Garwood 1936): 1 is inside.
+    Each band of flagged rows has a third of the expected frauds. `low` and `high` are the 99 % interval of the actual
+    number (Garwood 1936). `factor` is the ratio of the expected number to the nearer end, 1 inside the interval.
     """
     p, flagged = model.probabilities, model.flagged
     order = np.flatnonzero(flagged)[np.argsort(p[flagged], kind="stable")]
@@ -195,11 +190,11 @@ def bands(model: Scored, sample: Sample) -> pd.DataFrame:
 
 
 def business(rounds: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """What the measures mean for 100,000 transactions a day: the champion, the new version, and the change."""
-    of = pd.DataFrame({name: rounds[name].iloc[0] for name in (CHAMPION, NEW) if name in rounds}).T
-    alerts, frauds = of["alert_rate"] * 1e5, of["alert_rate"] * of["precision"] * 1e5
+    """Alerts, frauds and money for 100,000 transactions a day: champion, new version, and the change."""
+    found = pd.DataFrame({name: rounds[name].iloc[0] for name in (CHAMPION, NEW) if name in rounds}).T
+    alerts, frauds = found["alert_rate"] * 1e5, found["alert_rate"] * found["precision"] * 1e5
     lines = {"Alerts": alerts, "Frauds caught": frauds}
-    lines["Money saved, against flagging nothing"] = (of["cost_of_flagging_nothing"] - of["cost"]) * 100
+    lines["Money saved, against flagging nothing"] = (found["cost_of_flagging_nothing"] - found["cost"]) * 100
     lines["False alerts per 10 frauds caught"] = 10 * (alerts - frauds) / frauds.clip(lower=TINY)
     table = pd.DataFrame(lines).T
     if CHAMPION in table:
@@ -208,7 +203,7 @@ def business(rounds: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def decisions(evidence: Evidence) -> pd.DataFrame:
-    """What both rules do on the hold-out, the cheapest threshold in hindsight, and flagging nothing."""
+    """Confusion matrix and cost on the hold-out: both rules, the cheapest threshold in hindsight, and no alerts."""
     scores, missed = evidence.models[NEW].probabilities, costs_of_missing(evidence.held_out, evidence.options)
     thresholds, costs, _ = cost_curve(scores, missed, evidence.options.cost_review)
     rules = {name + ", in force" * (name == evidence.options.decide_by): rule for name, rule in evidence.rules.items()}
@@ -231,7 +226,7 @@ def share(hits: float, total: float) -> str:
 
 
 def segments(evidence: Evidence) -> pd.DataFrame:
-    """The hold-out by age, amount, hour and category, and what is of categories not in training."""
+    """Measures on parts of the hold-out: by age, amount, hour, category, and by whether training had the category."""
     rows, fraud, categories = evidence.held_out.rows, evidence.held_out.labels == 1, evidence.held_out.rows[CATEGORY]
     fifths = np.quantile(rows["amount"], [0.2, 0.4, 0.6, 0.8, 1]).round()
     groups = {
@@ -264,7 +259,7 @@ def _cut(values: Any, edges: Any) -> Any:
 
 
 def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame:
-    """Rows in order of time: month by month where times are dates, else in fifths."""
+    """Measures by month if times are dates, else by fifth of the rows in order of time."""
     period = np.array([f"fifth {n + 1}" for n in 5 * np.arange(len(sample)) // len(sample)])
     if sample.dated:
         period = pd.to_datetime(sample.times, unit="s").strftime("%Y-%m").to_numpy()
@@ -279,7 +274,7 @@ def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame
 
 # -- plots -------------------------------------------------------------------------------------------------------------
 
-# Seen on white and on black alike. Text and axes take the colour of the page's text.
+# Colours that are visible on white and on black. Text and axes take the colour of the page's text.
 COLORS = {NEW: "#d9480f", CHAMPION: "#2b7fd4", BASELINE: "#7d858c", WITHOUT_AGE: "#2f9e44"}
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "savefig.transparent": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -327,7 +322,7 @@ def draw_bands(axes: Any, tables: dict[str, pd.DataFrame]) -> None:
 
 
 def draw_effect(axes: Any, evidence: Evidence, name: str) -> None:
-    """Partial dependence (Friedman 2001), of numbers with the curves of 50 transactions (Goldstein et al. 2015)."""
+    """Draw the partial dependence (Friedman 2001); for numbers also 50 individual curves (Goldstein et al. 2015)."""
     rows = evidence.held_out.evenly(500).rows.astype(dict.fromkeys(NUMBERS, float))
     rows = rows[rows[CATEGORY].isin(rows[CATEGORY].value_counts().index[:15])]
     drawn: Any = {"categorical_features": [name]}
@@ -339,7 +334,7 @@ def draw_effect(axes: Any, evidence: Evidence, name: str) -> None:
 
 
 def svg(draw: Any, *given: Any) -> str:
-    """A plot in the colours of the page, from the attributes of its svg element on."""
+    """An SVG without its opening "<svg ", to which the page adds attributes; black becomes the colour of the text."""
     text = io.StringIO()
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
@@ -359,7 +354,7 @@ def period(sample: Sample) -> str:
 
 
 def stability(evidence: Evidence) -> dict[str, pd.DataFrame]:
-    """Tables by title; none where the rows are in no order of time."""
+    """Tables by title; none if the rows were not held out by time."""
     if not evidence.options.by_time:
         return {}
     rule = evidence.rules[evidence.options.decide_by]
@@ -372,7 +367,7 @@ def stability(evidence: Evidence) -> dict[str, pd.DataFrame]:
 
 
 def page(evidence: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
-    """One HTML page with everything in it: report.html, filled in."""
+    """The report: report.html, filled in."""
     models, held_out = evidence.models, evidence.held_out
     by_band = {name: bands(models[name], held_out) for name in (CHAMPION, NEW) if name in models}
     found = {

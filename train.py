@@ -121,14 +121,14 @@ from versions import say, still
 
 SEARCH_ROWS = 200_000
 FOLDS = 3
-MARGIN = 0.003  # of average precision: less is chance in a search
+MARGIN = 0.003  # average precision: smaller gains in a search are chance
 RESAMPLES = 100
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 # One good setting of each size of tree: 8 leaves suit the generated transactions, 63 data with strong interactions.
-# Regularised, for scikit-learn's defaults diverge on rare fraud. The service's fast path takes up to 64 leaves.
+# They are regularised, as scikit-learn's defaults diverge on rare fraud. The service's fast path takes up to 64 leaves.
 START = [
     {"learning_rate": 0.1, "max_leaf_nodes": 8, "min_samples_leaf": 200, "l2_regularization": 10.0},
     {"learning_rate": 0.1, "max_leaf_nodes": 16, "min_samples_leaf": 100, "l2_regularization": 10.0},
@@ -144,9 +144,9 @@ SPACE = {
 
 
 def pipeline(trees: int, seed: int, parameters: dict[str, Any] = START[0]) -> Pipeline:
-    """Trees that split sets of categories, of the kind that the service scores without a DataFrame.
+    """Gradient-boosted trees that split sets of categories; the service scores them without a DataFrame.
 
-    Of more than 254 categories the rare ones are one; unknown ones are missing values.
+    The encoder merges the rarest of more than 254 categories. An unknown category is a missing value.
     """
     unknown = {"handle_unknown": "use_encoded_value", "unknown_value": np.nan}
     category = OrdinalEncoder(max_categories=data.MOST_ENCODED, **unknown)
@@ -156,18 +156,19 @@ def pipeline(trees: int, seed: int, parameters: dict[str, Any] = START[0]) -> Pi
 
 
 def logistic_regression() -> Pipeline:
-    """What the trees have to be better than."""
+    """The baseline that a first champion must beat."""
     encoder = OneHotEncoder(handle_unknown="infrequent_if_exist", max_categories=data.MOST_ENCODED)
     columns = make_column_transformer((encoder, [CATEGORY]), remainder=StandardScaler())
     return make_pipeline(columns, LogisticRegression(max_iter=1000))
 
 
 def search(sample: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], Sample, np.ndarray]:
-    """The settings with the best average precision in cross-validation; and rows, with scores of models without them.
+    """Return the settings with the best average precision in cross-validation, the rows used, and their scores.
 
-    A random setting has to be better in every fold, by `MARGIN` in the mean, so that the outcome is no lottery. By time
-    a fold is later than what it is fitted to. Of more rows than `SEARCH_ROWS` evenly chosen ones are taken. Folds run
-    side by side, each in one thread: with two threads for one fold the same takes more CPU time.
+    The score of a row comes from a model that was not fitted to it; by time, from one fitted to earlier rows. A random
+    setting must be better in every fold, and by `MARGIN` in the mean, so that the result depends little on the seed.
+    The search uses at most `SEARCH_ROWS` rows, evenly spaced. Folds run in parallel with one thread each, which takes
+    less CPU time than one fold after another with two threads.
     """
     random = ParameterSampler(SPACE, max(options.budget - len(START), 0), random_state=options.seed)
     candidates, few = [*START, *random], sample.evenly(SEARCH_ROWS)
@@ -210,7 +211,7 @@ def recalibrated(probabilities: np.ndarray, sample: Sample) -> Sample:
 
 
 def best_threshold(probabilities: np.ndarray, sample: Sample, options: argparse.Namespace) -> float:
-    """The threshold that costs least on these rows, of those that flag no more than --max-alert-rate."""
+    """The threshold with the lowest cost on these rows among those that flag no more than --max-alert-rate."""
     missed = report.costs_of_missing(sample, options)
     thresholds, costs, alerts = report.cost_curve(probabilities, missed, options.cost_review)
     allowed = alerts <= options.max_alert_rate * len(sample)
@@ -219,16 +220,16 @@ def best_threshold(probabilities: np.ndarray, sample: Sample, options: argparse.
 
 
 def review_cost(probabilities: np.ndarray, sample: Sample, options: argparse.Namespace) -> float:
-    """What an alert costs, or as much more as it takes to flag no more of these rows than --max-alert-rate."""
+    """--cost-review, or the lowest review cost above it with which no more than --max-alert-rate are flagged."""
     worth = np.sort(probabilities * sample.rows["amount"].to_numpy())[::-1]
     most = int(options.max_alert_rate * len(sample))
     return float(max([options.cost_review, *np.nextafter(worth[most : most + 1], np.inf)]))
 
 
 def gate(evidence: Evidence, champion: str | None) -> tuple[bool, list[str]]:
-    """Whether the new version may become champion, and what was checked; `champion` is the champion's version number.
+    """Whether the new version may become champion, and a sentence for each check; `champion` is a version number.
 
-    Beyond noise is in 95 % of the resamples. A first champion has to be better than a logistic regression.
+    "Beyond noise" means in 95 % of the resamples. A first champion must be better than a logistic regression.
     """
     if champion and CHAMPION not in evidence.models:
         return False, [f"NOT compared with version {champion}, the champion"]
@@ -253,7 +254,7 @@ def gate(evidence: Evidence, champion: str | None) -> tuple[bool, list[str]]:
 
 
 def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Pipeline]]:
-    """The part of `Evidence` that is made from training rows; and models to compare with."""
+    """Fit the model and choose its rules; return these parts of `Evidence`, and fitted models to compare with."""
     settings, few, scores = search(training, options)
     say(f"fitting {options.trees} trees to {len(training):,} rows, and what to compare them with")
     trees, ageless = (pipeline(options.trees, options.seed, settings) for _ in range(2))
@@ -274,7 +275,7 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
 
 
 def scores_of(model: Any, held_out: Sample) -> np.ndarray:
-    """Probabilities of the rows held out, of a `Model` as the service would answer."""
+    """Probabilities for the rows held out; a `Model` computes them as in the service."""
     if not isinstance(model, Model):
         return np.asarray(model.predict_proba(held_out.rows)[:, 1])
     return model.score([Features(*row) for row in held_out.rows.itertuples(index=False, name=None)])
@@ -283,7 +284,10 @@ def scores_of(model: Any, held_out: Sample) -> np.ndarray:
 def evaluate(
     options: argparse.Namespace, sample: Sample, training: Sample, held_out: Sample, champion: Model | None
 ) -> Evidence:
-    """Search, fit, and measure all models on the hold-out, those without a rule at the new version's alert rate."""
+    """Search, fit, and measure all models on the hold-out.
+
+    Models without a rule of their own flag as many rows as the new version.
+    """
     found, others = fit(training, options)
     scores = {NEW: scores_of(found["pipeline"], held_out)}
     models = {NEW: Scored(NEW, scores[NEW], found["rules"][options.decide_by].flags(scores[NEW], held_out))}
@@ -298,12 +302,12 @@ def evaluate(
     say(f"measuring on {len(held_out):,} rows held out and {RESAMPLES} resamples of them")
     with still("measuring"):
         rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
-    parts: dict[str, Any] = {"options": options, "sample": sample, "training": training, "held_out": held_out}
-    return Evidence(**parts, **found, models=models, rounds=rounds)
+    rows: Any = {"sample": sample, "training": training, "held_out": held_out}
+    return Evidence(options=options, **rows, **found, models=models, rounds=rounds)
 
 
 def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_out: Sample) -> dict[str, Any]:
-    """Log what goes in, and give it for the report: options, rows, the file's SHA-256, versions; and the lineage."""
+    """Log options, counts of rows, SHA-256 of the file, package versions and data sets; return them for the report."""
     left_out = {"command", "if_missing", "by_time", "rows" if options.data else "data"}
     given = {name: value for name, value in vars(options).items() if name not in left_out}
     given["cost_missed"] = options.cost_missed if options.cost_missed is not None else "amount"
@@ -312,7 +316,8 @@ def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_o
     for part, name in ((training, "training"), (held_out, "holdout")):
         given |= {f"{name}_rows": len(part), f"{name}_frauds": int(part.labels.sum())}
         rows = part.rows.assign(**{LABEL: part.labels})
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that whole numbers cannot be missing
+        # MLflow warns that columns of integers cannot have missing values.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             mlflow.log_input(mlflow.data.from_pandas(rows, options.data, LABEL, name), name)  # type: ignore[attr-defined]
     if options.data:
         with open(options.data, "rb") as file:
@@ -324,7 +329,7 @@ def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_o
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
-    """Train, measure, register and, if the gate lets it, promote; gives the exit status.
+    """Train, measure, register and, if the gate passes, promote; return the exit status.
 
     Raises `DataError`, `ModelError`, or MLflow's exception.
     """
@@ -357,7 +362,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 
 def publish(evidence: Evidence, how: Split, passed: bool, verdict: str) -> str:
-    """Register the version with its metadata, tags and description; gives its number."""
+    """Register the version with its metadata, tags and description; return its number."""
     say("registering")
     options, model, measured = evidence.options, evidence.pipeline, evidence.rounds[NEW].iloc[0].to_dict()
     reference = data.reference(evidence.training, evidence.models[NEW].probabilities)
@@ -393,7 +398,7 @@ def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]
 
 
 def main() -> int | str:
-    """The exit status, or what went wrong."""
+    """Return the exit status or an error message."""
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     try:
         return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
