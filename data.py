@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import pandas as pd
+from scipy.stats import entropy
 
 from model import CATEGORY, DTYPES, LARGEST, MONEY, NUMBERS, SIGNATURE, Features, Floats, Reference, Transaction
 
@@ -22,16 +23,17 @@ LABEL, ID = "is_fraud", "transaction_id"
 # The rules of the API, and of the label, as JSON Schema.
 RULES: dict[str, dict[str, Any]] = {
     **msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"],
-    LABEL: {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 1, "description": "0 or 1"},
+    LABEL: {"type": "integer", "minimum": 0, "maximum": 1, "multipleOf": 1, "description": "0 or 1"},
 }
-# "" and "NA" are what stands there; a surplus cell is an error.
+# "" and "NA" are text, not missing values; a surplus cell is an error.
 CSV: Any = {"dtype": {CATEGORY: str, ID: str}, "keep_default_na": False, "low_memory": False, "index_col": False}
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
+NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what errors="surrogateescape" makes of bytes not in UTF-8
 TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
 FEWEST = 100  # rows of either class, to train and measure on
 FEWEST_IN_PART = 10
-MOST_CATEGORIES = 1000  # that monitoring knows; more look like a list of merchants, not of their kinds
-MOST_ENCODED = 254  # categories that the trees tell apart: HistGradientBoosting takes 255 values
+MOST_CATEGORIES = 1000  # that monitoring knows; more are probably merchants, not categories
+MOST_ENCODED = 254  # categories that the trees distinguish: HistGradientBoosting takes 255 values
 KEY = "fraud-api split1"  # of the hash, 16 bytes: another key, or another hash in pandas, holds out other rows
 
 Column = Any  # of a pandas DataFrame
@@ -60,12 +62,12 @@ class Sample:
         return len(self.labels)
 
     def take(self, chosen: np.ndarray) -> "Sample":
-        """These rows: a mask or positions."""
+        """The rows of a mask or of positions."""
         truth, times = (None if each is None else each[chosen] for each in (self.truth, self.times))
         return replace(self, rows=self.rows.iloc[chosen], labels=self.labels[chosen], truth=truth, times=times)
 
     def evenly(self, most: int) -> "Sample":
-        """No more than so many rows, from the first to the last."""
+        """At most `most` rows, evenly spaced from the first to the last."""
         return self.take(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int))
 
 
@@ -78,20 +80,16 @@ def read(path: Path, time_column: str | None = None, ordered: bool = False) -> S
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             table = _table(path)
         columns = {name: _typed(table[name], rule["type"]) for name, rule in RULES.items() if name in table}
-        if LABEL in table and table[LABEL].dtype.kind == "b":
-            columns[LABEL] = pd.Series(table[LABEL].to_numpy(np.float64, na_value=np.nan))
-        times = _moments(table[time_column]) if time_column and time_column in table else None
+        times, dated = _moments(table[time_column]) if time_column in table else (None, False)
     except (OSError, EOFError, ValueError, TypeError, NotImplementedError, pd.errors.ParserWarning) as error:
         raise DataError(f"{path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
     if found := [*_faults(table, columns, time_column, times)]:
         raise DataError(f"{path} cannot be trained on: {'; '.join(found)}")
     rows = pd.DataFrame({name: columns[name].to_numpy(DTYPES[kind]) for name, kind in SIGNATURE})
-    for name in MONEY:
-        rows[name] = rows[name].clip(-LARGEST, LARGEST)  # as the service does
+    rows[[*MONEY]] = rows[[*MONEY]].clip(-LARGEST, LARGEST)  # as the service does
     labels, notes = columns[LABEL].to_numpy(np.int64), tuple(_notes(table, rows, ordered or times is not None))
     if times is None:
         return Sample(rows, labels, notes=notes)
-    dated = bool(_typed(table[time_column], "number").isna().all())
     return Sample(rows, labels, None, times.to_numpy(), dated, notes).take(np.argsort(times, kind="stable"))
 
 
@@ -100,38 +98,40 @@ def _table(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     if not path.name.lower().endswith((".csv", ".csv.gz")):
         raise ValueError("expected a name that ends in .csv, .csv.gz or .parquet")
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):  # pandas does not name the line, and cuts text at a NUL byte
-            try:
-                if "\0" in line.decode():
-                    raise ValueError(f"line {number:,} has a NUL byte: expected text in UTF-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"line {number:,} is not in UTF-8, the encoding expected: {error.reason}") from None
+            if found := NO_TEXT.search(line):
+                what = f"it has the byte {found[0].encode(errors='surrogateescape')!r}"
+                raise ValueError(f"line {number:,} is not text in UTF-8, the encoding expected: {what}")
     return pd.read_csv(path, **CSV)
 
 
 def _typed(column: Column, kind: str) -> Column:
-    """Text as it is and "" where there is none; numbers as float64 and NaN where there is none."""
+    """Text, "" if it is missing; or numbers as float64, NaN if they are missing."""
     if kind == "string":
         return column.astype(object).where(column.notna(), "").astype(str)
-    if column.dtype.kind in "bmM":  # true is no number, nor is a date
+    if column.dtype.kind in ("mM" if kind == "integer" else "bmM"):  # true is 1 as a label only; a date is no number
         return pd.Series(np.full(len(column), np.nan))
     return pd.Series(pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan))
 
 
-def _moments(column: Column) -> Column:
-    """Numbers, or dates as ISO 8601 has them, as float64; NaN where there is none. Dates without a zone are UTC."""
+def _moments(column: Column) -> tuple[Column, bool]:
+    """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether they were dates.
+
+    Dates without a zone are UTC.
+    """
     numbers = _typed(column, "number")
     if numbers.notna().any() or column.dtype.kind == "b":
-        return numbers
+        return numbers, False
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
-    return (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    return (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds(), True
 
 
 def _faults(
     table: pd.DataFrame, columns: dict[str, Column], time_column: str | None, times: Column | None
 ) -> Iterator[str]:
-    """What is wrong with a table, column by column; the first row below the header is row 1."""
+    """A sentence for each fault of a table; the first row below the header is row 1."""
     needed = [name for name in (*RULES, time_column) if name not in (None, ID)]
     if missing := [f"{name}: the column is missing" for name in needed if name not in table]:
         yield from missing
@@ -157,7 +157,7 @@ def _faults(
 
 
 def _keeps(column: Column, rule: dict[str, Any]) -> Column:
-    """Which values keep a rule of the API (JSON Schema)."""
+    """Which values follow a rule of the API (JSON Schema)."""
     if rule["type"] == "string":
         return column.str.len().between(rule["minLength"], rule["maxLength"])
     within = column.between(rule.get("minimum", -np.inf), rule.get("maximum", np.inf)) & np.isfinite(column)
@@ -165,23 +165,22 @@ def _keeps(column: Column, rule: dict[str, Any]) -> Column:
 
 
 def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[str]:
-    """What is not wrong, but may make the figures worthless."""
+    """Sentences about what training accepts but a reader of the report must know."""
     if (kinds := rows[CATEGORY].nunique()) > MOST_ENCODED:
         yield f"{kinds:,} values of {CATEGORY}: the {kinds - MOST_ENCODED + 1:,} rarest are taken as one"
     if kinds > MOST_CATEGORIES:
         yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not kinds"
     others = [] if ordered else [str(name) for name in table.columns if name not in RULES]
-    if found := [name for name in others if re.search(TIME_NAME, name) or _dates(table[name].head(1000))]:
+    if found := [name for name in others if re.search(TIME_NAME, name) or _dated(table[name].head(1000))]:
         yield (
             f"WARNING: {', '.join(found)} looks like a time, and --time-column is not given: "
             "rows are held out at random, so figures for later transactions may be far worse than those measured"
         )
 
 
-def _dates(column: Column) -> bool:
-    if column.dtype.kind in "biuf":
-        return False
-    return bool(pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True).notna().mean() > 0.9)
+def _dated(column: Column) -> bool:
+    times, dated = _moments(column)
+    return dated and bool(times.notna().mean() > 0.9)
 
 
 # -- generated ---------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ INTERCEPT = -7.58  # gives 1 % fraud
 
 
 def generate(rows: int, seed: int) -> Sample:
-    """Transactions like real ones, with the probabilities that their labels were drawn from.
+    """Synthetic transactions with the probabilities that their labels are drawn from.
 
     Fraud is rare (about 1 %), more likely for amounts that are large for their category or for the account, at night
     and above all at night in risky categories, for the youngest and oldest users and for overdrawn accounts.
@@ -246,7 +245,7 @@ def generate(rows: int, seed: int) -> Sample:
 
 
 class Split(msgspec.Struct, frozen=True):
-    """How rows were held out; recorded with a version. `last` is the latest row that was not: its moment or hash."""
+    """How rows were held out; recorded with a version. `last` is the time or the hash of the latest training row."""
 
     mode: Literal["hash", "time", "order"]
     test_size: float
@@ -254,7 +253,7 @@ class Split(msgspec.Struct, frozen=True):
     last: float | str | None = None
 
     def unseen(self, sample: Sample) -> np.ndarray:
-        """A mask of the rows that a model with this split has never seen. Raises `DataError` if none can be told."""
+        """A mask of the rows that a model with this split was not trained on. Raises `DataError` if it is unknown."""
         if self.key == KEY and self.mode == "hash":
             return np.asarray(pd.util.hash_array(_hashes(sample)) / 2.0**64 < self.test_size)
         if self.mode == "time" and sample.times is not None:
@@ -267,12 +266,12 @@ class Split(msgspec.Struct, frozen=True):
 
 
 def _hashes(sample: Sample) -> np.ndarray:
-    """A number for the values of each row, the same in every file and place."""
+    """A hash of the values of each row; it does not depend on the file or the position."""
     return np.asarray(pd.util.hash_pandas_object(sample.rows, index=False, hash_key=KEY))
 
 
 def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sample, Sample, Split]:
-    """The rows to train on and those held out: the latest where they are in order, else by their hash."""
+    """Split into training rows and hold-out: the latest rows if they are in order of time, else chosen by hash."""
     chosen = Split("hash", test_size)
     if in_order:
         last = len(sample) - round(len(sample) * test_size) - 1
@@ -290,7 +289,10 @@ def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sam
 
 
 def drift(sample: Sample) -> dict[str, float]:
-    """The population stability index of each field, between the first and the last fifth of the rows."""
+    """The population stability index of each field, between the first and the last fifth of the rows.
+
+    It is the sum of both relative entropies; numbers are in tenths of the first fifth.
+    """
     found, size = {}, len(sample) // 5
     for name in sample.rows:
         values = sample.rows[name]
@@ -298,32 +300,31 @@ def drift(sample: Sample) -> dict[str, float]:
             values = np.searchsorted(np.unique(np.quantile(values[:size], np.arange(1, 10) / 10)), values)
         codes, kinds = pd.factorize(values)
         before, after = (np.bincount(part, minlength=len(kinds)) + 0.5 for part in (codes[:size], codes[-size:]))
-        before, after = before / before.sum(), after / after.sum()
-        found[str(name)] = float(((after - before) * np.log(after / before)).sum())
+        found[str(name)] = float(entropy(after, before) + entropy(before, after))
     return found
 
 
 # -- what travels with a model -----------------------------------------------------------------------------------------
 
 
-def between(limit: float, scores: Floats) -> float:
-    """The middle between the lowest score from `limit` on and the next lower one, so that no score lies on it."""
+def midpoint(limit: float, scores: Floats) -> float:
+    """The midpoint of the lowest score that is at least `limit` and the next lower one, so that no score equals it."""
     distinct = np.unique([0.0, *scores, 1.0])
-    distinct = distinct[np.diff(distinct, prepend=-1) > 1e-9]  # another order of summation is no other score
+    distinct = distinct[np.diff(distinct, prepend=-1) > 1e-9]  # rounding makes smaller differences
     at = max(int(np.searchsorted(distinct, limit)), 1)
     return float(distinct[at - 1 : at + 1].mean())
 
 
 def reference(training: Sample, scores: Floats) -> Reference:
-    """What monitoring and explanations compare with: small numbers about the training rows, no row of them.
+    """Summary statistics of the training rows, for monitoring and explanations; they contain no row.
 
-    The limits between tenths of the scores lie between two scores each.
+    Each limit between tenths of the scores lies between two scores.
     """
     rows, numbers = training.rows, training.rows[[*NUMBERS]]
     categories = rows[CATEGORY].value_counts()
     ordinary = numbers.quantile(0.5, interpolation="lower").to_dict() | {CATEGORY: categories.index[0]}
     tenths = np.quantile(scores, np.arange(1, 10) / 10, method="inverted_cdf")
-    limits = [between(float(np.nextafter(tenth, 1)), scores) for tenth in tenths]
+    limits = [midpoint(float(np.nextafter(tenth, 1)), scores) for tenth in tenths]
     counts = np.bincount(np.searchsorted(limits, scores), minlength=10)
     return Reference(
         score_deciles=limits,

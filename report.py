@@ -1,23 +1,21 @@
-"""How good a model is: measures with their noise, tables, plots, and one HTML page that shows them."""
+"""How good a model is: measures with intervals, tables and plots, and the HTML page that shows them."""
 
-import html
 import io
-import re
 from argparse import Namespace
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from scipy.stats import binomtest, chi2
 from sklearn.inspection import PartialDependenceDisplay
-from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, log_loss, roc_auc_score
 
 from data import Sample, drift
 from model import CATEGORY, NUMBERS, Floats
@@ -26,7 +24,7 @@ NEW, CHAMPION, BASELINE, WITHOUT_AGE = "new version", "champion", "logistic regr
 INTERVAL = (0.05, 0.95)
 RATES = (0.001, 0.01, 0.05)
 MISCALIBRATED = 1.25  # expected and actual frauds of a band differ by no more than this factor, beyond noise
-FEWEST = 20  # frauds, for a figure of a segment
+FEWEST = 20  # frauds: a smaller segment gets no figures
 TINY = 1e-9
 NAMES = {
     CATEGORY: "Category",
@@ -57,10 +55,10 @@ def short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is flagged: probabilities from a `threshold` on, or from `review_cost` ÷ amount on, as metadata names them.
+    """A decision rule: flag probabilities of at least a `threshold`, or of at least `review_cost` ÷ amount.
 
-    The latter costs least where a missed fraud costs its amount and probabilities are true (Elkan 2001, "The
-    Foundations of Cost-Sensitive Learning").
+    The second has the lowest expected cost if a missed fraud costs its amount and probabilities are calibrated (Elkan
+    2001, "The Foundations of Cost-Sensitive Learning"). `by` is the name of the limit in the metadata.
     """
 
     by: str
@@ -68,14 +66,13 @@ class Rule:
 
     def flags(self, probabilities: Floats, sample: Sample) -> np.ndarray:
         amounts = sample.rows["amount"].to_numpy().clip(TINY)
-        return np.asarray(
-            probabilities >= (self.limit if self.by == "threshold" else np.minimum(1, self.limit / amounts))
-        )
+        limit = self.limit if self.by == "threshold" else np.minimum(1, self.limit / amounts)
+        return np.asarray(probabilities >= limit)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of the hold-out: probabilities, and whether each row is flagged."""
+    """The scores of a model on the hold-out, and which rows it flags."""
 
     name: str
     probabilities: Floats
@@ -84,10 +81,10 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All that was found out about a model.
+    """All that the gate and the report need to know about a model.
 
-    `validated` are training rows with the scores of models that were not fitted to them. `models` are scored on the
-    hold-out, the new version first, and `rounds` their measures by `bootstrap`.
+    `validated` are training rows with their cross-validated scores. `models` are the models scored on the hold-out, the
+    new version first. `rounds` are their measures on the resamples of `bootstrap`.
     """
 
     options: Namespace
@@ -101,10 +98,6 @@ class Evidence:
     models: dict[str, Scored]
     rounds: dict[str, pd.DataFrame]
 
-    @property
-    def missed(self) -> Floats:
-        return costs_of_missing(self.held_out, self.options)
-
     def measured(self) -> pd.DataFrame:
         """The measures as text, measures × models, with the intervals of the resamples."""
         return pd.DataFrame({name: _with_interval(rounds) for name, rounds in self.rounds.items()}).rename(readable)
@@ -117,22 +110,18 @@ def _with_interval(rounds: pd.DataFrame) -> "pd.Series[str]":
 
 
 def costs_of_missing(sample: Sample, options: Namespace) -> Floats:
-    """What each row would cost if it were missed: nothing where it is no fraud."""
+    """The cost of each row if it is not flagged: 0 if it is no fraud."""
     amounts = sample.rows["amount"].to_numpy() if options.cost_missed is None else options.cost_missed
     return np.asarray(sample.labels * amounts, np.float64)
 
 
 def cost_of(flagged: np.ndarray, missed: Floats, review: float) -> float:
-    """Of 1,000 transactions: what the frauds cost that are not flagged, and what it costs to review the others."""
+    """The cost per 1,000 transactions of frauds that are not flagged and of reviews."""
     return float(1000 * (missed[~flagged].sum() + review * flagged.sum()) / len(missed))
 
 
 def cost_curve(probabilities: Floats, missed: Floats, review: float) -> tuple[Floats, Floats, np.ndarray]:
-    """Thresholds from the highest, what each would cost, and how many rows it flags; the first one is 1: next to none.
-
-    A row is flagged if its probability is at least the threshold. A fraud that is not costs what it costs to miss it,
-    an alert what it costs to review.
-    """
+    """All thresholds in falling order from 1, the total cost of each, and the number of rows that it flags."""
     thresholds, place = np.unique(np.append(probabilities, 1.0), return_inverse=True)
     alerts = np.bincount(place[:-1], minlength=len(thresholds))[::-1].cumsum()
     caught = np.bincount(place[:-1], weights=missed, minlength=len(thresholds))[::-1].cumsum()
@@ -140,7 +129,7 @@ def cost_curve(probabilities: Floats, missed: Floats, review: float) -> tuple[Fl
 
 
 def measures(labels: Any, scores: Floats, flagged: Any, missed: Floats, review: float) -> dict[str, float]:
-    """All that is said of a model, of rows in falling order of probability; costs are for 1,000 transactions."""
+    """The measures of a model; the rows are in falling order of probability, costs are per 1,000 transactions."""
     frauds, hits = labels.sum(), labels[flagged].sum()
     found = {
         "average_precision": average_precision_score(labels, scores),
@@ -158,9 +147,9 @@ def measures(labels: Any, scores: Floats, flagged: Any, missed: Floats, review: 
 
 
 def bootstrap(models: list[Scored], sample: Sample, options: Namespace, resamples: int) -> dict[str, pd.DataFrame]:
-    """For each model its measures (columns) on resamples of the hold-out (rows), the same ones for all.
+    """For each model a table of its measures (columns) on the hold-out (first row) and on resamples (other rows).
 
-    Efron 1979; as many rows, drawn with replacement, always the same ones. The first row is the hold-out itself.
+    A resample has as many rows as the hold-out, drawn with replacement (Efron 1979). All models get the same resamples.
     """
     missed, size = costs_of_missing(sample, options), len(sample)
     orders = [np.argsort(-model.probabilities, kind="stable") for model in models]
@@ -179,10 +168,10 @@ def bootstrap(models: list[Scored], sample: Sample, options: Namespace, resample
 
 
 def bands(model: Scored, sample: Sample) -> pd.DataFrame:
-    """Expected and actual frauds where decisions are made: of what is not flagged, and of thirds of what is.
+    """Expected and actual frauds among the rows that are not flagged, and in three bands of those that are.
 
-    The thirds have as many expected frauds each. `factor` is how far the expected ones are outside the 99 % interval
-    of the actual ones (Garwood 1936): 1 is inside.
+    Each band of flagged rows has a third of the expected frauds. `low` and `high` are the 99 % interval of the actual
+    number (Garwood 1936). `factor` is the ratio of the expected number to the nearer end, 1 inside the interval.
     """
     p, flagged = model.probabilities, model.flagged
     order = np.flatnonzero(flagged)[np.argsort(p[flagged], kind="stable")]
@@ -201,11 +190,11 @@ def bands(model: Scored, sample: Sample) -> pd.DataFrame:
 
 
 def business(rounds: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """What the measures mean for 100,000 transactions a day: the champion, the new version, and the change."""
-    of = pd.DataFrame({name: rounds[name].iloc[0] for name in (CHAMPION, NEW) if name in rounds}).T
-    alerts, frauds = of["alert_rate"] * 1e5, of["alert_rate"] * of["precision"] * 1e5
+    """Alerts, frauds and money for 100,000 transactions a day: champion, new version, and the change."""
+    found = pd.DataFrame({name: rounds[name].iloc[0] for name in (CHAMPION, NEW) if name in rounds}).T
+    alerts, frauds = found["alert_rate"] * 1e5, found["alert_rate"] * found["precision"] * 1e5
     lines = {"Alerts": alerts, "Frauds caught": frauds}
-    lines["Money saved, against flagging nothing"] = (of["cost_of_flagging_nothing"] - of["cost"]) * 100
+    lines["Money saved, against flagging nothing"] = (found["cost_of_flagging_nothing"] - found["cost"]) * 100
     lines["False alerts per 10 frauds caught"] = 10 * (alerts - frauds) / frauds.clip(lower=TINY)
     table = pd.DataFrame(lines).T
     if CHAMPION in table:
@@ -213,57 +202,55 @@ def business(rounds: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return table.map("{:,.0f}".format)
 
 
-def decisions(of: Evidence) -> pd.DataFrame:
-    """What both rules do on the hold-out, the cheapest threshold in hindsight, and flagging nothing."""
-    scores, missed, fraud = of.models[NEW].probabilities, of.missed, of.held_out.labels == 1
-    thresholds, costs, _ = cost_curve(scores, missed, of.options.cost_review)
-    rules = {name + ", in force" * (name == of.options.decide_by): rule for name, rule in of.rules.items()}
+def decisions(evidence: Evidence) -> pd.DataFrame:
+    """Confusion matrix and cost on the hold-out: both rules, the cheapest threshold in hindsight, and no alerts."""
+    scores, missed = evidence.models[NEW].probabilities, costs_of_missing(evidence.held_out, evidence.options)
+    thresholds, costs, _ = cost_curve(scores, missed, evidence.options.cost_review)
+    rules = {name + ", in force" * (name == evidence.options.decide_by): rule for name, rule in evidence.rules.items()}
     rules["cheapest threshold, in hindsight"] = Rule("threshold", float(thresholds[costs.argmin()]))
     found = {}
     for name, rule in (rules | {"flag nothing": Rule("threshold", np.inf)}).items():
-        flagged = rule.flags(scores, of.held_out)
-        counts = (flagged & fraud, ~flagged & fraud, flagged & ~fraud, ~flagged & ~fraud)
-        paid = cost_of(flagged, missed, of.options.cost_review)
-        found[name] = [rule.limit, *(count.sum() for count in counts), paid]
+        flagged = rule.flags(scores, evidence.held_out)
+        counts = confusion_matrix(evidence.held_out.labels, flagged, labels=[1, 0]).ravel()
+        found[name] = [rule.limit, *counts, cost_of(flagged, missed, evidence.options.cost_review)]
     columns = ["limit", "frauds flagged", "frauds missed", "genuine flagged", "genuine passed", "cost per 1,000"]
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).map(short)
 
 
-def shares(hits: Any, of: Any, few: Any) -> list[str]:
-    """Shares in percent with their 95 % intervals (Wilson 1927), but for those of `few` frauds."""
-    found = []
-    for k, n, hidden in zip(hits.astype(int), of.astype(int), few, strict=True):
-        ends = [100 * end for end in binomtest(k, n).proportion_ci(method="wilson")] if n else []
-        found.append("too few" if hidden else f"{100 * k / n:.3g} % [{ends[0]:.3g}, {ends[1]:.3g}]" if n else "none")
-    return found
+def share(hits: float, total: float) -> str:
+    """A share in percent with its 95 % interval (Wilson 1927)."""
+    if not total:
+        return "none"
+    low, high = binomtest(int(hits), int(total)).proportion_ci(method="wilson")
+    return f"{100 * hits / total:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
 
 
-def segments(of: Evidence) -> pd.DataFrame:
-    """The hold-out by age, amount, hour and category, and what is of categories not in training."""
-    rows, fraud, new, ageless = of.held_out.rows, of.held_out.labels == 1, of.models[NEW], of.models[WITHOUT_AGE]
+def segments(evidence: Evidence) -> pd.DataFrame:
+    """Measures on parts of the hold-out: by age, amount, hour, category, and by whether training had the category."""
+    rows, fraud, categories = evidence.held_out.rows, evidence.held_out.labels == 1, evidence.held_out.rows[CATEGORY]
     fifths = np.quantile(rows["amount"], [0.2, 0.4, 0.6, 0.8, 1]).round()
     groups = {
         "Age": _cut(rows["user_age"], [0, 25, 35, 50, 65, 131]),
         "Amount": _cut(rows["amount"], np.unique([0, *fifths[:-1], fifths[-1] + 2])),
         "Hour": _cut(rows["hour"], [0, 6, 12, 18, 24]),
-        "Category": rows[CATEGORY].where(rows[CATEGORY].isin(rows[CATEGORY].value_counts().index[:20]), "all others"),
-        "New category": np.where(rows[CATEGORY].isin(of.training.rows[CATEGORY].unique()), "no", "yes"),
+        "Category": categories.where(categories.isin(categories.value_counts().index[:20]), "all others"),
+        "New category": np.where(categories.isin(evidence.training.rows[CATEGORY].unique()), "no", "yes"),
     }
-    columns = {"rows": 1, "frauds": fraud, "expected": new.probabilities, "alerts": new.flagged}
-    columns |= {"hits": new.flagged & fraud, "alerts_": ageless.flagged, "hits_": ageless.flagged & fraud}
-    each = pd.DataFrame(columns).astype(float)
-    t = pd.concat({name: each.groupby(getattr(of, "values", of), observed=True).sum() for name, of in groups.items()})
-    few, genuine = t.frauds < FEWEST, t["rows"] - t.frauds
-    table = {
-        **{name: t[name].map("{:,.0f}".format) for name in ("rows", "frauds", "expected")},
-        "alert rate": (t.alerts / t["rows"]).map("{:.2%}".format),
-        "recall": shares(t.hits, t.frauds, few),
-        "precision": shares(t.hits, t.alerts, few),
-        "false-positive rate": shares(t.alerts - t.hits, genuine, few & False),
-        "recall without age": shares(t.hits_, t.frauds, few),
-        "false-positive rate without age": shares(t.alerts_ - t.hits_, genuine, few & False),
-    }
-    return pd.DataFrame(table, t.index)
+    models = {"": evidence.models[NEW], " without age": evidence.models[WITHOUT_AGE]}
+    columns = {"rows": 1, "frauds": fraud, "expected": models[""].probabilities}
+    for name, model in models.items():
+        columns |= {"alerts" + name: model.flagged, "hits" + name: model.flagged & fraud}
+    each = pd.DataFrame(columns, rows.index).astype(float)
+    t = pd.concat({name: each.groupby(values, observed=True).sum() for name, values in groups.items()})
+    found = t[["rows", "frauds", "expected"]].map("{:,.0f}".format)
+    found["alert rate"] = (t["alerts"] / t["rows"]).map("{:.2%}".format)
+    for name in models:
+        alerts, hits = t["alerts" + name], t["hits" + name]
+        found["recall" + name] = list(map(share, hits, t["frauds"]))
+        found["precision" + name] = list(map(share, hits, alerts))
+        found.loc[t["frauds"] < FEWEST, ["recall" + name, "precision" + name]] = "too few"
+        found["false-positive rate" + name] = list(map(share, alerts - hits, t["rows"] - t["frauds"]))
+    return found.drop(columns="precision without age")  # with it the table is wider than a page
 
 
 def _cut(values: Any, edges: Any) -> Any:
@@ -272,7 +259,7 @@ def _cut(values: Any, edges: Any) -> Any:
 
 
 def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame:
-    """Rows in order of time: month by month where times are dates, else in fifths."""
+    """Measures by month if times are dates, else by fifth of the rows in order of time."""
     period = np.array([f"fifth {n + 1}" for n in 5 * np.arange(len(sample)) // len(sample)])
     if sample.dated:
         period = pd.to_datetime(sample.times, unit="s").strftime("%Y-%m").to_numpy()
@@ -287,134 +274,119 @@ def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame
 
 # -- plots -------------------------------------------------------------------------------------------------------------
 
-# Seen on white and on black alike. Text and axes take the colour of the page's text.
+# Colours that are visible on white and on black. Text and axes take the colour of the page's text.
 COLORS = {NEW: "#d9480f", CHAMPION: "#2b7fd4", BASELINE: "#7d858c", WITHOUT_AGE: "#2f9e44"}
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "savefig.transparent": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 STYLE |= {"axes.prop_cycle": "cycler('color', ['d9480f'])"}
 
 
-def draw_alerts(on: Any, of: Evidence) -> None:
-    size, labels = len(of.held_out), of.held_out.labels
+def draw_alerts(axes: Any, evidence: Evidence) -> None:
+    size, labels = len(evidence.held_out), evidence.held_out.labels
     at = np.unique(np.geomspace(max(size / 10_000, 1), size, 300).astype(int))
-    for name in (name for name in of.models if name in (NEW, CHAMPION, BASELINE)):
-        model, color = of.models[name], COLORS[name]
+    for name in (name for name in evidence.models if name in (NEW, CHAMPION, BASELINE)):
+        model, color = evidence.models[name], COLORS[name]
         caught = labels[np.argsort(-model.probabilities, kind="stable")].cumsum()[at - 1] / labels.sum()
-        on.plot(1e5 * at / size, 100 * caught, color=color, label=name)
-        on.plot(1e5 * model.flagged.mean(), 100 * labels[model.flagged].sum() / labels.sum(), "o", color=color)
-    on.set(xscale="log", ylim=(0, 101), xlabel="alerts per 100,000 transactions", ylabel="frauds caught, %")
-    on.legend()
+        axes.plot(1e5 * at / size, 100 * caught, color=color, label=name)
+        axes.plot(1e5 * model.flagged.mean(), 100 * labels[model.flagged].sum() / labels.sum(), "o", color=color)
+    axes.set(xscale="log", ylim=(0, 101), xlabel="alerts per 100,000 transactions", ylabel="frauds caught, %")
+    axes.legend()
 
 
-def draw_cost(on: Any, of: Evidence) -> None:
-    scores, missed, review = of.models[NEW].probabilities, of.missed, of.options.cost_review
+def draw_cost(axes: Any, evidence: Evidence) -> None:
+    scores, review = evidence.models[NEW].probabilities, evidence.options.cost_review
+    missed = costs_of_missing(evidence.held_out, evidence.options)
     thresholds, costs, _ = cost_curve(scores, missed, review)
     costs, at = 1000 * costs / len(scores), np.linspace(0, len(costs) - 1, 500).astype(int)
-    on.plot(thresholds[at], costs[at], color=COLORS[NEW], label="every threshold")
-    on.plot(thresholds[costs.argmin()], costs.min(), "o", color=COLORS[CHAMPION], label="cheapest, in hindsight")
-    on.axvline(of.rules["threshold"].limit, color=COLORS[NEW], linestyle=":", label="rule: threshold")
-    paid = cost_of(of.rules["expected-cost"].flags(scores, of.held_out), missed, review)
-    on.axhline(paid, color=COLORS[WITHOUT_AGE], linestyle="--", label="rule: expected cost")
-    on.set(xscale="log", xlabel="threshold", ylabel="cost per 1,000 transactions", ylim=(0, 1.5 * costs[0]))
-    on.legend()
+    axes.plot(thresholds[at], costs[at], color=COLORS[NEW], label="every threshold")
+    axes.plot(thresholds[costs.argmin()], costs.min(), "o", color=COLORS[CHAMPION], label="cheapest, in hindsight")
+    axes.axvline(evidence.rules["threshold"].limit, color=COLORS[NEW], linestyle=":", label="rule: threshold")
+    paid = cost_of(evidence.rules["expected-cost"].flags(scores, evidence.held_out), missed, review)
+    axes.axhline(paid, color=COLORS[WITHOUT_AGE], linestyle="--", label="rule: expected cost")
+    axes.set(xscale="log", xlabel="threshold", ylabel="cost per 1,000 transactions", ylim=(0, 1.5 * costs[0]))
+    axes.legend()
 
 
-def draw_bands(on: Any, tables: dict[str, pd.DataFrame]) -> None:
+def draw_bands(axes: Any, tables: dict[str, pd.DataFrame]) -> None:
     for shift, (name, table) in enumerate(tables.items()):
         each = table[["low", "actual", "high"]].div(table["expected"], axis=0).clip(lower=0.05).to_numpy().T
         ends = np.diff(each, axis=0).clip(min=0)
-        on.errorbar(np.arange(len(table)) + 0.15 * shift, each[1], ends, fmt="o", color=COLORS[name], label=name)
-    on.axhline(1, color=COLORS[BASELINE], linestyle=":")
-    on.set_yscale("log")
-    on.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
-    on.set_yticks([], minor=True)
-    on.set_xticks(range(len(table)), [name.replace(", ", ",\n") for name in table.index])
-    on.set_ylabel("actual frauds for each expected one")
-    on.legend()
+        axes.errorbar(np.arange(len(table)) + 0.15 * shift, each[1], ends, fmt="o", color=COLORS[name], label=name)
+    axes.axhline(1, color=COLORS[BASELINE], linestyle=":")
+    axes.set_yscale("log")
+    axes.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+    axes.set_yticks([], minor=True)
+    axes.set_xticks(range(len(table)), [name.replace(", ", ",\n") for name in table.index])
+    axes.set_ylabel("actual frauds for each expected one")
+    axes.legend()
 
 
-def draw_effect(on: Any, of: Evidence, name: str) -> None:
-    """Partial dependence (Friedman 2001), of numbers with the curves of 50 transactions (Goldstein et al. 2015)."""
-    rows = of.held_out.evenly(500).rows.astype(dict.fromkeys(NUMBERS, float))
+def draw_effect(axes: Any, evidence: Evidence, name: str) -> None:
+    """Draw the partial dependence (Friedman 2001); for numbers also 50 individual curves (Goldstein et al. 2015)."""
+    rows = evidence.held_out.evenly(500).rows.astype(dict.fromkeys(NUMBERS, float))
     rows = rows[rows[CATEGORY].isin(rows[CATEGORY].value_counts().index[:15])]
     drawn: Any = {"categorical_features": [name]}
     if name != CATEGORY:
-        drawn = {"kind": "both", "subsample": 50, "random_state": 0, "ice_lines_kw": {"color": COLORS[BASELINE]}}
-        drawn["pd_line_kw"] = {"color": COLORS[NEW], "linestyle": "-"}
-    shown = PartialDependenceDisplay.from_estimator(of.pipeline, rows, [name], grid_resolution=30, ax=on, **drawn)
+        drawn = {"kind": "both", "subsample": 50, "random_state": 0, "grid_resolution": 30}
+        drawn |= {"ice_lines_kw": {"color": COLORS[BASELINE]}, "pd_line_kw": {"color": COLORS[NEW], "linestyle": "-"}}
+    shown = PartialDependenceDisplay.from_estimator(evidence.pipeline, rows, [name], ax=axes, **drawn)
     shown.axes_[0, 0].set(xlabel=readable(name), ylabel="probability of fraud", ylim=(0, None))
 
 
-def svg(title: str, described: str, draw: Any, *given: Any) -> str:
-    """A plot as a figure of HTML in the colours of the page, with its description below it and for screen readers."""
+def svg(draw: Any, *given: Any) -> str:
+    """An SVG without its opening "<svg ", to which the page adds attributes; black becomes the colour of the text."""
     text = io.StringIO()
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         draw(figure.subplots(), *given)
         figure.savefig(text, format="svg", metadata={"Date": None})
-    body = text.getvalue().partition("<svg ")[2].replace("#000000", "currentColor")
-    opening = f'<svg role="img" aria-label="{html.escape(f"{title}. {described}")}" '
-    return f"<figure><h3>{title}</h3>{opening}{body}<figcaption>{described}</figcaption></figure>"
+    return text.getvalue().partition("<svg ")[2].replace("#000000", "currentColor")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def grid(title: str, table: pd.DataFrame) -> str:
-    """A table that can be scrolled where it is too wide, also with the keyboard; intervals stay on one line."""
-    opening = f'<div class="wide" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
-    body = table.to_html(border=0, sparsify=False).partition(">")[2]
-    return opening + re.sub(r"(\[[^],]+,) | (%)", r"\1&nbsp;\2", body) + "</div>"
+def period(sample: Sample) -> str:
+    if sample.times is None:
+        return "unknown, as no --time-column was given"
+    ends = sample.times[[0, -1]]
+    return " to ".join(pd.to_datetime(ends, unit="s").strftime("%Y-%m-%d") if sample.dated else map(str, ends))
 
 
-def listed(facts: dict[str, Any]) -> str:
-    pairs = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items())
-    return f"<dl>{''.join(pairs)}</dl>"
-
-
-def card(of: Evidence) -> dict[str, str]:
-    """Who answers for the model, what for, and of what it was made."""
-    options, times, period = of.options, of.sample.times, "unknown, as no --time-column was given"
-    if times is not None:
-        ends = pd.to_datetime(times[[0, -1]], unit="s").strftime("%Y-%m-%d") if of.sample.dated else times[[0, -1]]
-        period = f"{ends[0]} to {ends[1]}"
-    counts = [f"{len(part):,}, of them {part.labels.sum():,} fraud" for part in (of.training, of.held_out)]
-    who = {"Purpose": options.purpose, "Owner": options.owner, "Approver": options.approver}
-    what = {"Data": options.data or "generated transactions, not real ones", "Data period": period}
-    return who | what | {"Training rows": counts[0], "Rows held out": counts[1]}
-
-
-def stability(of: Evidence) -> str:
-    if not of.options.by_time:
-        return '<p class="warning">Stability over time is unknown: the rows were not held out by time.</p>'
-    rule, (rows, scores) = of.rules[of.options.decide_by], of.validated
-    before, after = by_period(rows, scores, rule), by_period(of.held_out, of.models[NEW].probabilities, rule)
-    change = pd.DataFrame({"population stability index": drift(of.sample)}).map(short).rename(readable)
-    held_out = grid("Rows held out", after) + grid("Change from the first to the last fifth of the rows", change)
-    return grid("Training rows, scored by models fitted to earlier ones", before) + held_out
-
-
-def page(of: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
-    """One HTML page with everything in it."""
-    compared = [name for name in (CHAMPION, NEW, BASELINE) if name in of.models]
-    by_band = {name: bands(of.models[name], of.held_out) for name in compared if name != BASELINE}
-    parts = {
-        "checks": "".join(f"<li>{html.escape(check)}</li>" for check in checks),
-        "notes": "".join(f'<p class="warning">{html.escape(note)}</p>' for note in of.sample.notes),
-        "business": grid("For 100,000 transactions a day", business(of.rounds)),
-        "few": grid("Measures on the rows held out", of.measured().iloc[[0, 4, 5, 6, 10]][compared]),
-        "alerts": svg("Frauds caught by alerts", "The points are where the models work.", draw_alerts, of),
-        "card": listed(card(of)),
-        "decisions": grid("Both rules on the rows held out", decisions(of)),
-        "costs": svg("Cost of every threshold", "Lines: the threshold, and what expected cost costs.", draw_cost, of),
-        "bands": "".join(grid(f"Frauds by band, {name}", each.map(short)) for name, each in by_band.items()),
-        "calibration": svg("Actual frauds for each expected one", "On the line they agree.", draw_bands, by_band),
-        "segments": grid("Segments of the rows held out", segments(of)),
-        "effects": "".join(svg(readable(name), "", draw_effect, of, name) for name in of.held_out.rows),
-        "stability": stability(of),
-        "measures": grid("Measures on the rows held out", of.measured()),
-        "made": listed({readable(name): fact for name, fact in made.items()}),
+def stability(evidence: Evidence) -> dict[str, pd.DataFrame]:
+    """Tables by title; none if the rows were not held out by time."""
+    if not evidence.options.by_time:
+        return {}
+    rule = evidence.rules[evidence.options.decide_by]
+    change = pd.DataFrame({"population stability index": drift(evidence.sample)})
+    return {
+        "Training rows, scored by models fitted to earlier ones": by_period(*evidence.validated, rule),
+        "Rows held out": by_period(evidence.held_out, evidence.models[NEW].probabilities, rule),
+        "Change from the first to the last fifth of the rows": change.map(short).rename(readable),
     }
-    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    title, verdict = html.escape(title), html.escape(verdict)
-    return template.substitute(parts, title=title, verdict=verdict, factor=MISCALIBRATED, fewest=FEWEST)
+
+
+def page(evidence: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
+    """The report: report.html, filled in."""
+    models, held_out = evidence.models, evidence.held_out
+    by_band = {name: bands(models[name], held_out) for name in (CHAMPION, NEW) if name in models}
+    found = {
+        "business": business(evidence.rounds),
+        "alerts": svg(draw_alerts, evidence),
+        "period": period(evidence.sample),
+        "decisions": decisions(evidence),
+        "costs": svg(draw_cost, evidence),
+        "bands": {name: each.map(short) for name, each in by_band.items()},
+        "calibration": svg(draw_bands, by_band),
+        "segments": segments(evidence),
+        "effects": {readable(name): svg(draw_effect, evidence, name) for name in held_out.rows},
+        "stability": stability(evidence),
+        "measured": evidence.measured(),
+        "compared": [*by_band, BASELINE],
+        "made": {readable(name): fact for name, fact in made.items()},
+        "factor": MISCALIBRATED,
+        "fewest": FEWEST,
+    }
+    text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    return template.render(found, evidence=evidence, title=title, verdict=verdict, checks=checks)

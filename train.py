@@ -91,6 +91,7 @@ import platform
 import shlex
 import time
 import warnings
+from dataclasses import replace
 from importlib.metadata import version as installed
 from pathlib import Path
 
@@ -99,6 +100,7 @@ import msgspec
 import numpy as np
 from joblib import Parallel, delayed
 from mlflow.exceptions import MlflowException
+from scipy.special import logit
 from scipy.stats import loguniform
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -111,33 +113,22 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import data
 import report
+import versions
 from data import LABEL, DataError, Sample, Split
 from model import CATEGORY, Features, Model, ModelError
 from report import BASELINE, CHAMPION, NEW, WITHOUT_AGE, Evidence, Rule, Scored, readable
-from versions import (
-    aliases,
-    as_served,
-    champion_of,
-    check_release,
-    metadata,
-    promote,
-    register,
-    rollback,
-    say,
-    still,
-    use_experiment,
-)
+from versions import say, still
 
 SEARCH_ROWS = 200_000
 FOLDS = 3
-MARGIN = 0.003  # of average precision: less is chance in a search
+MARGIN = 0.003  # average precision: smaller gains in a search are chance
 RESAMPLES = 100
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 # One good setting of each size of tree: 8 leaves suit the generated transactions, 63 data with strong interactions.
-# Regularised, for scikit-learn's defaults diverge on rare fraud. The service's fast path takes up to 64 leaves.
+# They are regularised, as scikit-learn's defaults diverge on rare fraud. The service's fast path takes up to 64 leaves.
 START = [
     {"learning_rate": 0.1, "max_leaf_nodes": 8, "min_samples_leaf": 200, "l2_regularization": 10.0},
     {"learning_rate": 0.1, "max_leaf_nodes": 16, "min_samples_leaf": 100, "l2_regularization": 10.0},
@@ -153,9 +144,9 @@ SPACE = {
 
 
 def pipeline(trees: int, seed: int, parameters: dict[str, Any] = START[0]) -> Pipeline:
-    """Trees that split sets of categories, of the kind that the service scores without a DataFrame.
+    """Gradient-boosted trees that split sets of categories; the service scores them without a DataFrame.
 
-    Of more than 254 categories the rare ones are one; unknown ones are missing values.
+    The encoder merges the rarest of more than 254 categories. An unknown category is a missing value.
     """
     unknown = {"handle_unknown": "use_encoded_value", "unknown_value": np.nan}
     category = OrdinalEncoder(max_categories=data.MOST_ENCODED, **unknown)
@@ -165,18 +156,19 @@ def pipeline(trees: int, seed: int, parameters: dict[str, Any] = START[0]) -> Pi
 
 
 def logistic_regression() -> Pipeline:
-    """What the trees have to be better than."""
+    """The baseline that a first champion must beat."""
     encoder = OneHotEncoder(handle_unknown="infrequent_if_exist", max_categories=data.MOST_ENCODED)
     columns = make_column_transformer((encoder, [CATEGORY]), remainder=StandardScaler())
     return make_pipeline(columns, LogisticRegression(max_iter=1000))
 
 
 def search(sample: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], Sample, np.ndarray]:
-    """The settings with the best average precision in cross-validation; and rows, with scores of models without them.
+    """Return the settings with the best average precision in cross-validation, the rows used, and their scores.
 
-    A random setting has to be better in every fold, by `MARGIN` in the mean, so that the outcome is no lottery. By time
-    a fold is later than what it is fitted to. Of more rows than `SEARCH_ROWS` evenly chosen ones are taken. Folds run
-    side by side, each in one thread: with two threads for one fold the same takes more CPU time.
+    The score of a row comes from a model that was not fitted to it; by time, from one fitted to earlier rows. A random
+    setting must be better in every fold, and by `MARGIN` in the mean, so that the result depends little on the seed.
+    The search uses at most `SEARCH_ROWS` rows, evenly spaced. Folds run in parallel with one thread each, which takes
+    less CPU time than one fold after another with two threads.
     """
     random = ParameterSampler(SPACE, max(options.budget - len(START), 0), random_state=options.seed)
     candidates, few = [*START, *random], sample.evenly(SEARCH_ROWS)
@@ -206,8 +198,20 @@ def search(sample: Sample, options: argparse.Namespace) -> tuple[dict[str, Any],
 # -- the decision ------------------------------------------------------------------------------------------------------
 
 
+def recalibrated(probabilities: np.ndarray, sample: Sample) -> Sample:
+    """The rows with a probability of fraud, given score and amount, in place of each label.
+
+    On a sample of labels a few large frauds decide which threshold costs least. Expected costs vary far less between
+    samples. The logistic regression corrects scores that are too high or too low, in general or by amount.
+    """
+    log_odds = logit(probabilities.clip(report.TINY, 1 - report.TINY))
+    fields = np.column_stack([log_odds, np.log1p(sample.rows["amount"])])
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(fields, sample.labels)
+    return replace(sample, labels=model.predict_proba(fields)[:, 1])
+
+
 def best_threshold(probabilities: np.ndarray, sample: Sample, options: argparse.Namespace) -> float:
-    """The threshold that costs least on these rows, of those that flag no more than --max-alert-rate."""
+    """The threshold with the lowest cost on these rows among those that flag no more than --max-alert-rate."""
     missed = report.costs_of_missing(sample, options)
     thresholds, costs, alerts = report.cost_curve(probabilities, missed, options.cost_review)
     allowed = alerts <= options.max_alert_rate * len(sample)
@@ -216,29 +220,29 @@ def best_threshold(probabilities: np.ndarray, sample: Sample, options: argparse.
 
 
 def review_cost(probabilities: np.ndarray, sample: Sample, options: argparse.Namespace) -> float:
-    """What an alert costs, or as much more as it takes to flag no more of these rows than --max-alert-rate."""
+    """--cost-review, or the lowest review cost above it with which no more than --max-alert-rate are flagged."""
     worth = np.sort(probabilities * sample.rows["amount"].to_numpy())[::-1]
     most = int(options.max_alert_rate * len(sample))
     return float(max([options.cost_review, *np.nextafter(worth[most : most + 1], np.inf)]))
 
 
-def gate(of: Evidence, champion: str | None) -> tuple[bool, list[str]]:
-    """Whether the new version may become champion, and what was checked; `champion` is the champion's version number.
+def gate(evidence: Evidence, champion: str | None) -> tuple[bool, list[str]]:
+    """Whether the new version may become champion, and a sentence for each check; `champion` is a version number.
 
-    Beyond noise is in 95 % of the resamples. A first champion has to be better than a logistic regression.
+    "Beyond noise" means in 95 % of the resamples. A first champion must be better than a logistic regression.
     """
-    if champion and CHAMPION not in of.models:
+    if champion and CHAMPION not in evidence.models:
         return False, [f"NOT compared with version {champion}, the champion"]
-    new, other = of.rounds[NEW], of.rounds[CHAMPION if champion else BASELINE]
+    new, other = evidence.rounds[NEW], evidence.rounds[CHAMPION if champion else BASELINE]
     gains = (new - other)[["average_precision", "cost"]]
     low, high = gains[1:].quantile(report.INTERVAL).to_numpy()
-    gain, dearer = (f"{v:+.3g} [{a:+.3g}, {b:+.3g}]" for v, a, b in zip(gains.iloc[0], low, high, strict=True))
-    factor = report.bands(of.models[NEW], of.held_out)["factor"].max()
+    gain, extra = (f"{v:+.3g} [{a:+.3g}, {b:+.3g}]" for v, a, b in zip(gains.iloc[0], low, high, strict=True))
+    factor = report.bands(evidence.models[NEW], evidence.held_out)["factor"].max()
     off = f"{factor:.2f}× apart beyond noise in the worst band, accepted up to {report.MISCALIBRATED}×"
     checks = [(factor <= report.MISCALIBRATED, f"calibrated: expected and actual frauds are {off}")]
     if champion:
         checks.append((low[0] > 0, f"more precise than version {champion} beyond noise: average precision {gain}"))
-        checks.append((low[1] <= 0, f"as cheap as version {champion} within noise: cost per 1,000 {dearer}"))
+        checks.append((low[1] <= 0, f"as cheap as version {champion} within noise: cost per 1,000 {extra}"))
     else:
         saved = new["cost_of_flagging_nothing"][0] - new["cost"][0]
         checks.append((gains.iloc[0, 0] > 0, f"more precise than a {BASELINE}: average precision {gain}"))
@@ -250,7 +254,7 @@ def gate(of: Evidence, champion: str | None) -> tuple[bool, list[str]]:
 
 
 def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Pipeline]]:
-    """The part of `Evidence` that is made from training rows; and models to compare with."""
+    """Fit the model and choose its rules; return these parts of `Evidence`, and fitted models to compare with."""
     settings, few, scores = search(training, options)
     say(f"fitting {options.trees} trees to {len(training):,} rows, and what to compare them with")
     trees, ageless = (pipeline(options.trees, options.seed, settings) for _ in range(2))
@@ -262,7 +266,8 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
     ]
     with still("fitting"):
         Parallel(-1, require="sharedmem")(jobs)
-    threshold = data.between(best_threshold(scores, few, options), trees.predict_proba(training.rows)[:, 1])
+    cheapest = best_threshold(scores, recalibrated(scores, few), options)
+    threshold = data.midpoint(cheapest, trees.predict_proba(training.rows)[:, 1])
     by_cost = Rule("review_cost", review_cost(scores, few, options))
     rules = {"threshold": Rule("threshold", threshold), "expected-cost": by_cost}
     found = {"pipeline": trees, "rules": rules, "settings": settings, "validated": (few, scores)}
@@ -270,17 +275,19 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
 
 
 def scores_of(model: Any, held_out: Sample) -> np.ndarray:
-    """Probabilities of the rows held out, of a `Model` as the service would answer, 10,000 rows at a time."""
+    """Probabilities for the rows held out; a `Model` computes them as in the service."""
     if not isinstance(model, Model):
         return np.asarray(model.predict_proba(held_out.rows)[:, 1])
-    rows = [Features(*row) for row in held_out.rows.itertuples(index=False, name=None)]
-    return np.concatenate([model.score(rows[at : at + 10_000]) for at in range(0, len(rows), 10_000)])
+    return model.score([Features(*row) for row in held_out.rows.itertuples(index=False, name=None)])
 
 
 def evaluate(
     options: argparse.Namespace, sample: Sample, training: Sample, held_out: Sample, champion: Model | None
 ) -> Evidence:
-    """Search, fit, and measure all models on the hold-out, those without a rule at the new version's alert rate."""
+    """Search, fit, and measure all models on the hold-out.
+
+    Models without a rule of their own flag as many rows as the new version.
+    """
     found, others = fit(training, options)
     scores = {NEW: scores_of(found["pipeline"], held_out)}
     models = {NEW: Scored(NEW, scores[NEW], found["rules"][options.decide_by].flags(scores[NEW], held_out))}
@@ -295,12 +302,12 @@ def evaluate(
     say(f"measuring on {len(held_out):,} rows held out and {RESAMPLES} resamples of them")
     with still("measuring"):
         rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
-    parts: dict[str, Any] = {"options": options, "sample": sample, "training": training, "held_out": held_out}
-    return Evidence(**parts, **found, models=models, rounds=rounds)
+    rows: Any = {"sample": sample, "training": training, "held_out": held_out}
+    return Evidence(options=options, **rows, **found, models=models, rounds=rounds)
 
 
 def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_out: Sample) -> dict[str, Any]:
-    """Log what goes in, and give it for the report: options, rows, the file's SHA-256, versions; and the lineage."""
+    """Log options, counts of rows, SHA-256 of the file, package versions and data sets; return them for the report."""
     left_out = {"command", "if_missing", "by_time", "rows" if options.data else "data"}
     given = {name: value for name, value in vars(options).items() if name not in left_out}
     given["cost_missed"] = options.cost_missed if options.cost_missed is not None else "amount"
@@ -309,7 +316,8 @@ def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_o
     for part, name in ((training, "training"), (held_out, "holdout")):
         given |= {f"{name}_rows": len(part), f"{name}_frauds": int(part.labels.sum())}
         rows = part.rows.assign(**{LABEL: part.labels})
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that whole numbers cannot be missing
+        # MLflow warns that columns of integers cannot have missing values.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             mlflow.log_input(mlflow.data.from_pandas(rows, options.data, LABEL, name), name)  # type: ignore[attr-defined]
     if options.data:
         with open(options.data, "rb") as file:
@@ -321,77 +329,79 @@ def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_o
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
-    """Train, measure, register and, if the gate lets it, promote; gives the exit status.
+    """Train, measure, register and, if the gate passes, promote; return the exit status.
 
     Raises `DataError`, `ModelError`, or MLflow's exception.
     """
-    use_experiment(options.name, config.mlflow_tracking_uri)
-    if options.if_missing and CHAMPION in aliases(options.name):
+    versions.use_experiment(options.name, config.mlflow_tracking_uri)
+    if options.if_missing and CHAMPION in versions.aliases(options.name):
         return 0
-    check_release(options)
+    versions.check_release(options)
     path, ordered = options.data, options.by_time
     say(f"reading {path}" if path else f"generating {options.rows:,} transactions")
     sample = data.read(Path(path), options.time_column, ordered) if path else data.generate(options.rows, options.seed)
     training, held_out, how = data.split(sample, options.test_size, ordered)
-    number, champion, held_out = champion_of(options, config, sample, held_out)
+    number, champion, held_out = versions.champion_of(options, config, sample, held_out)
     for line in (*sample.notes, f"{len(sample):,} transactions, {sample.labels.sum():,} of them fraud"):
         say(line)
     with mlflow.start_run():
         given = log_inputs(options, how, training, held_out)
-        of = evaluate(options, sample, training, held_out, champion)
-        passed, checks = gate(of, number)
+        evidence = evaluate(options, sample, training, held_out, champion)
+        passed, checks = gate(evidence, number)
         promoted = options.promote == "always" or (options.promote == "if-better" and passed)
         fulfilled = f"{sum(not check.startswith('NOT') for check in checks)} of the gate's {len(checks)} checks passed"
         verdict = f"{'Promoted' if promoted else 'Not promoted'} with --promote {options.promote}: {fulfilled}"
-        print(of.measured().to_string(), verdict, *checks, sep="\n", flush=True)
-        version = publish(of, how, passed, "; ".join([verdict, *checks]))
-        log_report(of, version, verdict, checks, given)
-    as_served(options.name, version, config)
+        print(evidence.measured().to_string(), verdict, *checks, sep="\n", flush=True)
+        version = publish(evidence, how, passed, "; ".join([verdict, *checks]))
+        log_report(evidence, version, verdict, checks, given)
+    versions.as_served(options.name, version, config)
     if promoted:
-        promote(options.name, version, number)
+        versions.promote(options.name, version, number)
         return 0
     return 0 if options.promote == "never" else NOT_PROMOTED
 
 
-def publish(of: Evidence, how: Split, passed: bool, verdict: str) -> str:
-    """Register the version with what travels with it, its tags and its description; gives its number."""
+def publish(evidence: Evidence, how: Split, passed: bool, verdict: str) -> str:
+    """Register the version with its metadata, tags and description; return its number."""
     say("registering")
-    options, rule, measured = of.options, of.rules[of.options.decide_by], of.rounds[NEW].iloc[0].to_dict()
-    numbers = data.reference(of.training, of.models[NEW].probabilities)
-    inside = metadata(of.pipeline, of.held_out.rows, rule, measured, numbers)
-    tags = {name: str(getattr(options, name)) for name in ("release", "promote", "decide_by", "owner", "approver")}
-    tags |= {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
+    options, model, measured = evidence.options, evidence.pipeline, evidence.rounds[NEW].iloc[0].to_dict()
+    reference = data.reference(evidence.training, evidence.models[NEW].probabilities)
+    rule = evidence.rules[options.decide_by]
+    metadata = versions.metadata(model, evidence.held_out.rows, rule, measured, reference)
+    tags = {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
+    for name in ("release", "promote", "decide_by", "owner", "approver"):
+        if value := getattr(options, name):
+            tags[name] = value
     if options.promote == "always" and not passed:
         user = mlflow.active_run().data.tags.get("mlflow.user")  # type: ignore[union-attr]
         tags["override"] = f"promoted by {user} against the gate: {verdict}"
     tags |= {name: f"{value:.6g}" for name, value in measured.items()}
-    tags = {name: value for name, value in tags.items() if value != "None"}
-    lines = [f"{name}: {value}" for name, value in of.measured()[NEW].items()]
-    return register(of.pipeline, inside, options.name, tags, "  \n".join([*verdict.split("; "), *lines]))
+    lines = [*verdict.split("; "), *(f"{name}: {value}" for name, value in evidence.measured()[NEW].items())]
+    return versions.register(model, metadata, options.name, tags, "  \n".join(lines))
 
 
-def log_report(of: Evidence, version: str, verdict: str, checks: list[str], given: dict[str, Any]) -> None:
+def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str], given: dict[str, Any]) -> None:
     """Log measures, settings and the report."""
     say("drawing and logging the report")
-    for name, rounds in of.rounds.items():
+    for name, rounds in evidence.rounds.items():
         suffix = "" if name == NEW else "_" + name.replace(" ", "_")
         mlflow.log_metrics({measure + suffix: float(value) for measure, value in rounds.iloc[0].items()})
-    limits = {rule.by: rule.limit for rule in of.rules.values()}
-    mlflow.log_params(of.settings | limits)
+    limits = {rule.by: rule.limit for rule in evidence.rules.values()}
+    mlflow.log_params(evidence.settings | limits)
     run, server = mlflow.active_run().info, without_credentials(mlflow.get_tracking_uri())  # type: ignore[union-attr]
     page = f"{server}/#/experiments/{run.experiment_id}/runs/" if server.startswith("http") else ""
     made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": page + run.run_id}
-    made |= of.settings | limits | {name: value for name, value in given.items() if value is not None}
-    title = f"{of.options.name} version {version}, {time.strftime('%Y-%m-%d')}"
-    mlflow.log_text(report.page(of, title, verdict, checks, made), "report.html")
+    made |= evidence.settings | limits | {name: value for name, value in given.items() if value is not None}
+    title = f"{evidence.options.name} version {version}, {time.strftime('%Y-%m-%d')}"
+    mlflow.log_text(report.page(evidence, title, verdict, checks, made), "report.html")
     say(f"report: {without_credentials(mlflow.get_artifact_uri())}/report.html")
 
 
 def main() -> int | str:
-    """The exit status, or what went wrong."""
+    """Return the exit status or an error message."""
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     try:
-        return rollback(options.name) if options.command == "rollback" else run(options, config)
+        return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
     except (DataError, ModelError, MlflowException, OSError, SQLAlchemyError) as error:
         return f"train: {config.mask(str(error).partition(chr(10))[0])}"
 

@@ -1,4 +1,4 @@
-"""Versions of the model in the MLflow registry: made, found, compared with, promoted and rolled back."""
+"""Versions of the model in the MLflow registry: register, find, load, promote and roll back."""
 
 import shutil
 import threading
@@ -25,14 +25,14 @@ from model import SIGNATURE, Golden, Metadata, Model, ModelError, Reference, fet
 from report import CHAMPION, Rule
 
 PREVIOUS = "previous"
-# What skops asks to trust in a pipeline of HistGradientBoosting.
+# Types of a HistGradientBoosting pipeline that skops does not trust by default.
 SKOPS_TYPES = [
     "functools.partial",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.utils.validation.check_array",
 ]
 GOLDEN_ROWS = 8
-EVERY = 5  # seconds between signs of life
+EVERY = 5  # seconds between two lines of progress
 
 
 def say(text: str) -> None:
@@ -41,7 +41,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def still(doing: str) -> Iterator[None]:
-    """Say every few seconds what is being done and for how long."""
+    """Print a line every few seconds that says what is running and for how long."""
     done, started = threading.Event(), time.monotonic()
 
     def tell() -> None:
@@ -63,7 +63,7 @@ def use_experiment(name: str, tracking_uri: str) -> None:
         database = Path(tracking_uri.removeprefix("sqlite:///")).absolute()
         folder = database.parent
         folder.mkdir(parents=True, exist_ok=True)
-        if not database.exists():  # made aside and moved: MLflow cannot go on with one that it was stopped in making
+        if not database.exists():  # renamed when complete: MLflow cannot use a half-made one
             MlflowClient(f"sqlite:///{database}.new").search_experiments()
             Path(f"{database}.new").rename(database)
         if mlflow.get_experiment_by_name(name) is None:
@@ -80,7 +80,7 @@ def aliases(name: str) -> dict[str, str]:
 def metadata(
     model: Pipeline, rows: pd.DataFrame, rule: Rule | float, measured: Any = None, numbers: Reference | None = None
 ) -> Metadata:
-    """What goes with a model: also a handful of rows, from the least to the most suspicious, with their scores."""
+    """The metadata of a version. The golden rows are spread from the lowest to the highest score."""
     rule, scores = rule if isinstance(rule, Rule) else Rule("threshold", rule), model.predict_proba(rows)[:, 1]
     chosen = np.argsort(scores)[np.linspace(0, len(scores) - 1, GOLDEN_ROWS).astype(int)]
     golden = [Golden(**rows.iloc[index].to_dict(), fraud_probability=float(scores[index])) for index in chosen]
@@ -90,7 +90,7 @@ def metadata(
 def register(
     model: Pipeline, travelling: Metadata, name: str, tags: dict[str, str] | None = None, description: str = ""
 ) -> str:
-    """Log a model with all that the service asks of it and register it; return its version number."""
+    """Log a model with the signature and metadata that the service needs, register it, return its version number."""
     logged = mlflow.sklearn.log_model(
         model,
         name="model",
@@ -118,7 +118,7 @@ def promote(name: str, version: str, champion: str | None) -> None:
 
 
 def rollback(name: str) -> int:
-    """Exchange champion and previous; gives the exit status. Raises `ModelError` if there are not both."""
+    """Exchange champion and previous; return the exit status. Raises `ModelError` if one is missing."""
     found = aliases(name)
     if not {CHAMPION, PREVIOUS} <= {*found}:
         raise ModelError(f"{name} has no version to roll back to: its aliases are {found or 'none'}")
@@ -129,7 +129,7 @@ def rollback(name: str) -> int:
 
 
 def as_served(name: str, number: str, config: Config) -> Model:
-    """A version, fetched, checked and loaded as the service does it. Raises `ModelError`."""
+    """Fetch, check and load a version as the service does. Raises `ModelError`."""
     wanted = replace(config, model_sha256=None, fraud_threshold=None)
     folder = new_folder(config.memory_dir)
     try:
@@ -141,7 +141,10 @@ def as_served(name: str, number: str, config: Config) -> Model:
 def champion_of(
     options: Namespace, config: Config, sample: Sample, held_out: Sample
 ) -> tuple[str | None, Model | None, Sample]:
-    """The champion's number; itself, if it can be compared with; rows that neither has seen. Raises `ModelError`."""
+    """The champion's number, the champion if it can be compared with, and the rows to compare on. Raises `ModelError`.
+
+    These rows are held out by the new version and were not used to train the champion.
+    """
     number = aliases(options.name).get(CHAMPION)
     if number is None:
         return None, None, held_out
@@ -163,7 +166,7 @@ def champion_of(
 
 
 def check_release(options: Namespace) -> None:
-    """A release is one version, for predictions are signed with it. Raises `ModelError`."""
+    """Raise `ModelError` if another version has this release: predictions name it, so it must be unique."""
     for version in MlflowClient().search_model_versions(f"name='{options.name}'") if options.release else ():
         if version.tags.get("release") == options.release:
             raise ModelError(f"release {options.release} is version {version.version} of {options.name} already")

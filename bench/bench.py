@@ -34,6 +34,7 @@ import treelite
 
 import data
 import train
+import versions
 from config import Config
 from model import FIELDS, LeafMaskScorer, acquire
 
@@ -373,8 +374,8 @@ def register(trees: int) -> None:
     pipeline = train.pipeline(trees, 0).fit(sample.rows, sample.labels)
     with mlflow.start_run():
         reference = data.reference(sample, pipeline.predict_proba(sample.rows)[:, 1])
-        version = train.register(pipeline, train.metadata(pipeline, sample.rows, 0.5, None, reference), name)
-    train.promote(name, version, None)
+        version = versions.register(pipeline, versions.metadata(pipeline, sample.rows, 0.5, None, reference), name)
+    versions.promote(name, version, None)
 
 
 def main() -> None:
@@ -391,7 +392,7 @@ def main() -> None:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
         mlflow.set_tracking_uri(uri)
-        train.use_experiment("bench", uri)
+        versions.use_experiment("bench", uri)
         for trees in TREES:
             say(f"training {trees} trees")
             register(trees)

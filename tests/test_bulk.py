@@ -24,8 +24,8 @@ from pyspark.sql import SparkSession
 from webtest import TestApp
 
 import bulk
+import data
 import size
-import train
 from conftest import HERE, NAME, TRANSACTION, wait_until
 from model import FIELDS, SIGNATURE, Model
 
@@ -59,7 +59,7 @@ def spark(champion: str) -> Iterator[SparkSession]:
 
 def transactions(rows: int) -> pa.Table:
     """Generated transactions, and a column `branch` that the API does not know."""
-    table = pa.Table.from_pandas(train.generate(rows, 1).rows, preserve_index=False)
+    table = pa.Table.from_pandas(data.generate(rows, 1).rows, preserve_index=False)
     table = table.set_column(1, "merchant_category", table["merchant_category"].cast(pa.string()))
     ids = pa.array([f"tx_{number}" for number in range(rows)])
     return table.add_column(0, "transaction_id", ids).append_column("branch", pa.array(range(rows)))

@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 import data
-import train
+import versions
 from chaos import Chaos, Load
 from conftest import BODY, LINE, TRANSACTION, Service, running, wait_until
 from model import CATEGORY, NUMBERS
@@ -253,7 +253,7 @@ def slow_model(champion: str) -> str:
     )
     estimator = make_pipeline(columns, LogisticRegression(max_iter=500)).fit(sample.rows, sample.labels)
     with mlflow.start_run():
-        train.register(estimator, train.metadata(estimator, sample.rows, 0.5), "slow")
+        versions.register(estimator, versions.metadata(estimator, sample.rows, 0.5), "slow")
     return "models:/slow/1"
 
 

@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score
 import data
 import report
 import train
+from conftest import few_resamples
 from data import Sample
 from model import CATEGORY
 from report import CHAMPION, NEW, WITHOUT_AGE, Evidence, Rule, Scored
@@ -131,7 +132,8 @@ def test_for_the_business() -> None:
 def measured(sample: Sample, *words: str) -> Evidence:
     options = train.arguments(["--trees", "10", "--budget", "1", "--owner", "Risk <1>", *words])
     training, held_out, _ = data.split(sample, 0.4, options.by_time)
-    return train.evaluate(options, sample, training, held_out, None)
+    with few_resamples():
+        return train.evaluate(options, sample, training, held_out, None)
 
 
 @pytest.fixture(scope="module")

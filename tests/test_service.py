@@ -25,7 +25,7 @@ from mlflow.types import ColSpec, Schema
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 import data
-import train
+import versions
 from conftest import (
     HERE,
     LINE,
@@ -374,8 +374,8 @@ def test_s3(champion: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> Non
         experiment = mlflow.create_experiment("s3", artifact_location="s3://models/root")
         with mlflow.start_run(experiment_id=experiment):
             pipeline = mlflow.sklearn.load_model(f"models:/{NAME}/1")
-            travelling = train.metadata(pipeline, data.generate(100, 0).rows, 0.5)
-            train.register(pipeline, travelling, "in-s3", {"release": "v2"})
+            travelling = versions.metadata(pipeline, data.generate(100, 0).rows, 0.5)
+            versions.register(pipeline, travelling, "in-s3", {"release": "v2"})
         with running(
             champion, model_uri="models:/in-s3/1", **{name.lower(): value for name, value in keys.items()}
         ) as s:
