@@ -59,22 +59,21 @@ test: install ## run all tests
 	$(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m alone
 
-# bulk.py needs Spark, which is not in .venv: an environment of its own, and Java.
-.venv-bulk/installed: BIN := .venv-bulk/bin
-.venv-bulk/installed: UV := $(or $(shell command -v uv),.venv-bulk/bin/uv)
-.venv-bulk/installed: requirements-dev.txt requirements-bulk.txt
-	@test ! -L .venv-bulk || { echo ".venv-bulk is a link, whose target would be emptied: remove the link" >&2; exit 1; }
-	$(PYTHON) -m venv --clear .venv-bulk
-	@command -v uv >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check uv
-	sed '/^gunicorn-h1c==/,/[^\]$$/d' requirements-dev.txt > .venv-bulk/without-c.txt
-	$(SYNC) .venv-bulk/without-c.txt requirements-bulk.txt
+# Spark takes 450 MB, so it is not in .venv but in a folder of its own, which Python searches as well.
+.venv-bulk/installed: .venv/installed requirements-bulk.txt
+	rm -rf .venv-bulk
+	mkdir .venv-bulk
+	sed -n '/^py\(4j\|spark\)==/,/[^\]$$/p' requirements-bulk.txt > .venv-bulk/spark.txt
+	$(UV) pip install --python $(BIN)/python --target .venv-bulk --requirements .venv-bulk/spark.txt --no-deps \
+		--require-hashes --build-constraints requirements-build.txt --compile-bytecode
 	@touch $@
 
-bulk-test: ## test bulk.py on a local Spark, in .venv-bulk; needs Java 17 or newer
+bulk-test: ## test bulk.py on a local Spark; needs Java 17 or newer
 	@found=$$("$${JAVA_HOME:+$$JAVA_HOME/bin/}java" -XshowSettings:properties -version 2>&1 \
 		| sed -n 's/^ *java.specification.version = //p'); \
 	if test "$${found:-0}" -ge 17 2> /dev/null; then \
-		$(MAKE) --no-print-directory .venv-bulk/installed && .venv-bulk/bin/python -m pytest tests/test_bulk.py; \
+		$(MAKE) --no-print-directory .venv-bulk/installed && \
+		PYTHONPATH="$(CURDIR)/.venv-bulk" $(BIN)/python -m pytest tests/test_bulk.py; \
 	else echo "no Java 17 or newer: bulk.py was not tested"; fi
 
 lint: install ## check style and types of code, scripts, Dockerfile and workflows
