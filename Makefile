@@ -25,7 +25,7 @@ CA = --secret id=ca,src="$(SSL_CERT_FILE)"
 export PYTHONDONTWRITEBYTECODE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help install run model serve test bulk-test lint size checkov chaos bench bench-models
+.PHONY: help install run model serve test bulk-test lint size checkov chaos bench bench-models bench-bulk
 .PHONY: image image-test end-to-end release-model lock clean
 
 help: ## list the commands
@@ -102,6 +102,9 @@ bench: install ## compare the speed with other servers (7 minutes, needs wrk) an
 
 bench-models: install ## compare the models with LightGBM and logistic regression (10 minutes) and write the results into README.md
 	@$(WITH_ENV) $(BIN)/python -m bench.models
+
+bench-bulk: .venv-bulk/installed ## compare bulk.py with MLflow's Spark UDF (6 minutes, needs Java) and write the results into README.md
+	@PYTHONPATH="$(CURDIR)/.venv-bulk" $(WITH_ENV) $(BIN)/python -m bench.bulk $(ARGS)
 
 # Docker and podman read the build arguments from the environment; one that is not set keeps its default in Dockerfile.
 # The settings of a package index and of proxies are passed as secrets, so they stay out of the image.
