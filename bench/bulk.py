@@ -143,9 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=4_000_000, help="for bulk.py (default %(default)s)")
     parser.add_argument("--udf-rows", type=int, default=1_000_000, help="for the UDF (default %(default)s)")
-    parser.add_argument(
-        "--most", type=int, default=20_000_000, help="rows that memory is measured at (default %(default)s)"
-    )
+    parser.add_argument("--most", type=int, default=20_000_000, help="for memory (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default %(default)s)")
     parser.add_argument("--port", type=int, default=18000, help="of the service (default %(default)s)")
     options = parser.parse_args()
