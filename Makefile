@@ -25,7 +25,7 @@ CA = --secret id=ca,src="$(SSL_CERT_FILE)"
 export PYTHONDONTWRITEBYTECODE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help install run model serve test bulk-test lint size checkov chaos bench bench-models
+.PHONY: help install run model serve test bulk-test lint size checkov chaos bench bench-models bench-bulk
 .PHONY: image image-test end-to-end release-model lock clean
 
 help: ## list the commands
@@ -59,22 +59,21 @@ test: install ## run all tests
 	$(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m alone
 
-# bulk.py needs Spark, which is not in .venv: an environment of its own, and Java.
-.venv-bulk/installed: BIN := .venv-bulk/bin
-.venv-bulk/installed: UV := $(or $(shell command -v uv),.venv-bulk/bin/uv)
-.venv-bulk/installed: requirements-dev.txt requirements-bulk.txt
-	@test ! -L .venv-bulk || { echo ".venv-bulk is a link, whose target would be emptied: remove the link" >&2; exit 1; }
-	$(PYTHON) -m venv --clear .venv-bulk
-	@command -v uv >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check uv
-	sed '/^gunicorn-h1c==/,/[^\]$$/d' requirements-dev.txt > .venv-bulk/without-c.txt
-	$(SYNC) .venv-bulk/without-c.txt requirements-bulk.txt
+# Spark takes 450 MB, so it is not in .venv but in a folder of its own, which Python searches as well.
+.venv-bulk/installed: .venv/installed requirements-bulk.txt
+	rm -rf .venv-bulk
+	mkdir .venv-bulk
+	sed -n '/^py\(4j\|spark\)==/,/[^\]$$/p' requirements-bulk.txt > .venv-bulk/spark.txt
+	$(UV) pip install --python $(BIN)/python --target .venv-bulk --requirements .venv-bulk/spark.txt --no-deps \
+		--require-hashes --build-constraints requirements-build.txt --compile-bytecode
 	@touch $@
 
-bulk-test: ## test bulk.py on a local Spark, in .venv-bulk; needs Java 17 or newer
+bulk-test: ## test bulk.py on a local Spark; needs Java 17 or newer
 	@found=$$("$${JAVA_HOME:+$$JAVA_HOME/bin/}java" -XshowSettings:properties -version 2>&1 \
 		| sed -n 's/^ *java.specification.version = //p'); \
 	if test "$${found:-0}" -ge 17 2> /dev/null; then \
-		$(MAKE) --no-print-directory .venv-bulk/installed && .venv-bulk/bin/python -m pytest tests/test_bulk.py; \
+		$(MAKE) --no-print-directory .venv-bulk/installed && \
+		PYTHONPATH="$(CURDIR)/.venv-bulk" $(BIN)/python -m pytest tests/test_bulk.py; \
 	else echo "no Java 17 or newer: bulk.py was not tested"; fi
 
 lint: install ## check style and types of code, scripts, Dockerfile and workflows
@@ -103,6 +102,9 @@ bench: install ## compare the speed with other servers (7 minutes, needs wrk) an
 
 bench-models: install ## compare the models with LightGBM and logistic regression (10 minutes) and write the results into README.md
 	@$(WITH_ENV) $(BIN)/python -m bench.models
+
+bench-bulk: .venv-bulk/installed ## compare bulk.py with MLflow's Spark UDF (6 minutes, needs Java) and write the results into README.md
+	@PYTHONPATH="$(CURDIR)/.venv-bulk" $(WITH_ENV) $(BIN)/python -m bench.bulk $(ARGS)
 
 # Docker and podman read the build arguments from the environment; one that is not set keeps its default in Dockerfile.
 # The settings of a package index and of proxies are passed as secrets, so they stay out of the image.

@@ -81,7 +81,7 @@ def expressions(name: str, table: sql.DataFrame, text: list[str]) -> tuple[str, 
     kept = f"length({name}) BETWEEN {rule.get('minLength')} AND {rule.get('maxLength')}"
     if rule["type"] != "string":  # to Spark, NaN is above all numbers
         kept = f"{value} BETWEEN {rule.get('minimum', -LARGEST)}D AND {rule.get('maximum', LARGEST)}D"
-        kept += f" AND {value} % 1 = 0" * ("multipleOf" in rule)
+        kept += f" AND rint({value}) = {value}" * ("multipleOf" in rule)
     return f"{value} AS `({name})`", f"CASE WHEN {kept} THEN NULL ELSE '{name}: expected {rule['description']}' END"
 
 

@@ -356,9 +356,8 @@ def chart(found: dict[tuple[str, ...], float], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def write_readme(text: str) -> None:
+def write_readme(text: str, head: str, tail: str) -> None:
     readme = HERE.parent / "README.md"
-    head, tail = "<!-- make bench writes from here -->", "<!-- to here -->"
     before, _, rest = readme.read_text().partition(head)
     readme.write_text(f"{before}{head}\n{text}\n{tail}{rest.partition(tail)[2]}")
 
@@ -407,7 +406,7 @@ def main() -> None:
         "onnxruntime computes in float32."
     )
     text = table(found, memory, how)
-    write_readme(text)
+    write_readme(text, "<!-- make bench writes from here -->", "<!-- to here -->")
     chart(found, HERE / "results.png")
     print(text)
 

@@ -8,7 +8,9 @@ import sys
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from glob import glob
 from math import inf, log, nan
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
-pytest.importorskip("pyspark", reason="bulk.py needs PySpark: make bulk-test")
+pyspark = pytest.importorskip("pyspark", reason="bulk.py needs PySpark: make bulk-test")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,18 +45,39 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def spark(champion: str) -> Iterator[SparkSession]:
-    """Spark on two cores; as on a cluster, a task is tried four times."""
+def environ(champion: str) -> Iterator[None]:
+    """The environment of a job."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", champion)
         patch.setenv("MODEL_URI", VERSION)  # `bulk.main` sets it
         patch.setenv("MODEL_LOAD_TIMEOUT", "300")
         patch.setenv("PYSPARK_PYTHON", sys.executable)
-        builder = SparkSession.builder.master("local[2,4]").config("spark.ui.enabled", "false")
-        session = builder.config("spark.driver.host", "127.0.0.1").getOrCreate()
-        session.sparkContext.setLogLevel("OFF")
-        yield session
-        session.stop()
+        patch.setenv("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")  # for short jobs, the fastest
+        yield
+
+
+@pytest.fixture(scope="module")
+def command(environ: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """`spark-submit bulk.py`, started, and the folder that it works in."""
+    folder = tmp_path_factory.mktemp("command")
+    pq.write_table(transactions(100), folder / "in")
+    words = ["--input", f"{folder}/in", "--output", f"{folder}/out", "--model", f"models:/{NAME}@champion"]
+    submit = [f"{Path(pyspark.__file__).parent}/bin/spark-submit", "--master", "local[2]", f"{HERE}/bulk.py"]
+    with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as log:
+        process = subprocess.Popen([*submit, *words], stdout=output, stderr=log)
+    yield folder, process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def spark(environ: None, command: object) -> Iterator[SparkSession]:
+    """Spark on two cores; as on a cluster, a task is tried four times. `command` takes long, so it runs beside."""
+    builder = SparkSession.builder.master("local[2,4]").config("spark.ui.enabled", "false")
+    session = builder.config("spark.driver.host", "127.0.0.1").getOrCreate()
+    session.sparkContext.setLogLevel("OFF")
+    yield session
+    session.stop()
 
 
 def transactions(rows: int) -> pa.Table:
@@ -221,30 +244,30 @@ def test_no_registry(tmp_path: Path) -> None:
 
 
 def workers(spark: SparkSession) -> list[int]:
-    """The Python workers: the children of the daemon that Spark's JVM has started."""
+    """The Python workers of this session: the children of the daemon that its JVM has started."""
 
-    def children(pid: int) -> list[int]:
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    def children(pid: int) -> Iterator[int]:
+        for file in glob(f"/proc/{pid}/task/*/children"):
+            with suppress(OSError):  # threads of the JVM end, and so do other children of it, such as chmod
+                yield from map(int, Path(file).read_text().split())
 
-    java = next(pid for pid in children(os.getpid()) if b"java" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    java = next(pid for pid in children(os.getpid()) if b"pyspark-shell" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return [pid for daemon in children(java) for pid in children(daemon)]
 
 
-def test_killed_workers(spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Spark repeats the tasks of Python workers that were killed. No row is lost, and none is written twice."""
+def test_killed_worker(spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Spark repeats the task of a Python worker that was killed. No row is lost, and none is written twice."""
     table = transactions(20_000)
     ids = [pa.array([f"{part}_{number}" for number in range(20_000)]) for part in range(40)]
     many = pa.concat_tables([table.set_column(0, "transaction_id", each) for each in ids])
     (tmp_path / "in").mkdir()
-    pq.write_table(many, tmp_path / "in/1.parquet")
+    pq.write_table(many, tmp_path / "in/1.parquet", row_group_size=20_000)  # which Spark gives to two tasks
     killed = []
 
     def kill() -> None:
         wait_until(lambda: [*tmp_path.glob("out/_temporary/**/*.parquet")], "the first rows are written")
-        for pid in workers(spark):
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+        killed.append(workers(spark)[0])
+        os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -278,17 +301,14 @@ def test_loads_once_a_process(spark: SparkSession, tmp_path: Path, capsys: pytes
     assert max(row["hits"] for row in seen) > 1
 
 
-def test_command(spark: SparkSession, tmp_path: Path) -> None:
+def test_command(spark: SparkSession, command: tuple[Path, subprocess.Popen[bytes]]) -> None:
     """`spark-submit bulk.py` resolves an alias, and prints one line."""
-    pq.write_table(transactions(100), tmp_path / "in")
-    words = ["--input", f"{tmp_path}/in", "--output", f"{tmp_path}/out", "--model", f"models:/{NAME}@champion"]
-    submit = [Path(sys.executable).with_name("spark-submit"), "--master", "local[2]", HERE / "bulk.py"]
-    done = subprocess.run([*submit, *words], env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) | {"rows_per_second": 0, "psi": 0, "flagged": 0} == {
+    folder, process = command
+    assert process.wait(300) == 0, (folder / "stderr").read_text()
+    assert json.loads((folder / "stdout").read_text()) | {"rows_per_second": 0, "psi": 0, "flagged": 0} == {
         **{"rows": 100, "scored": 100, "flagged": 0, "rows_per_second": 0, "errors": {}, "psi": 0},
     }
-    assert len(rows(spark, tmp_path)) == 100
+    assert len(rows(spark, folder)) == 100
 
 
 def test_threshold_by_expected_cost(model: Model) -> None:
