@@ -99,7 +99,6 @@ class Config:
     host: str = _variable(_address, "127.0.0.1")
     port: int = _variable(_whole(1, 65535), "8000")
     web_concurrency: int = _variable(_whole(1, 256), "2")
-    threads: int = _variable(_whole(1, 64), "4")
     max_connections: int = _variable(_whole(100, 100_000), "1000")
     slow_seconds: int = _variable(_whole(1, 600), "10")
     max_wait_ms: int = _variable(_whole(10, 10_000), "1000")

@@ -286,16 +286,16 @@ class Predictor:
 
 
 class Turns:
-    """Lets so many threads work at a time, in the order in which they come (a `threading.Semaphore` has no order)."""
+    """Lets one thread work at a time, in the order in which they come (a `threading.Lock` keeps no order)."""
 
-    def __init__(self, number: int, wait_ms: int) -> None:
-        self.free, self.seconds = number, wait_ms / 1000
+    def __init__(self, wait_ms: int) -> None:
+        self.seconds, self.taken = wait_ms / 1000, False
         self.lock, self.waiting = Lock(), deque[Any]()
 
     def __enter__(self) -> None:
         with self.lock:
-            if self.free:
-                self.free -= 1
+            if not self.taken:
+                self.taken = True
                 return
             mine = Lock()
             mine.acquire()
@@ -311,18 +311,14 @@ class Turns:
             if self.waiting:
                 self.waiting.popleft().release()
             else:
-                self.free += 1
+                self.taken = False
 
 
 class Predict:
     """`POST /predict`"""
 
     def __init__(self, config: Config, predictor: Predictor) -> None:
-        self.max_bytes, self.predictor, self.turns = (
-            config.max_body_bytes,
-            predictor,
-            Turns(config.threads, config.max_wait_ms),
-        )
+        self.max_bytes, self.predictor, self.turns = config.max_body_bytes, predictor, Turns(config.max_wait_ms)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         explain = self.predictor.asked_to_explain(req)
@@ -345,7 +341,7 @@ class PredictBatch:
 
     def __init__(self, config: Config, predictor: Predictor, process: Process) -> None:
         self.config, self.predictor, self.process = config, predictor, process
-        self.turns = Turns(1, config.max_wait_ms)
+        self.turns = Turns(config.max_wait_ms)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         explain = self.predictor.asked_to_explain(req)

@@ -44,7 +44,7 @@ workers = settings.web_concurrency
 worker_class = processes.Worker
 threads = settings.max_connections
 worker_connections = threads + threads // 2  # gunicorn keeps as many idle as there are more of these than threads
-backlog = 128  # connections that wait in the listen queue; for more it is better to try another pod
+backlog = 2048  # connections that wait to be accepted
 keepalive = 75  # longer than proxies keep idle connections, or they send a request on one that was just closed
 graceful_timeout = max(settings.graceful_timeout - settings.drain_seconds - 1, 1)  # 1 for what comes before and after
 timeout = graceful_timeout + 10  # a worker that finishes its requests gives no sign of life
@@ -81,7 +81,7 @@ def on_exit(server):
 
 
 def when_ready(server):
-    """Let the kernel keep connections until data arrives on them, so that a silent one takes no thread (tcp(7))."""
+    """Check the sockets, and let the kernel keep connections until data arrives on them (tcp(7))."""
     for listener in server.LISTENERS:
         if listener.sock.family in (socket.AF_INET, socket.AF_INET6):
             host = listener.sock.getsockname()[0]
@@ -117,7 +117,7 @@ def post_worker_init(worker):
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000)  # with the default of 700, collections take 3 % of a stream's time and free nothing
-    sys.setswitchinterval(0.0005)  # 5 ms is usual: under load the main loop would accept too slowly
+    sys.setswitchinterval(0.0005)  # with the default of 5 ms, connections are refused too slowly under overload
     worker.log.info("Worker ready %.2f s after the fork", time.monotonic() - worker.born)
     worker.log.output.start()
     worker.ready[0] = 1

@@ -1,8 +1,8 @@
 """The processes: a worker that slow clients cannot block, and a supervisor that replaces workers one by one.
 
-Both rest on gunicorn's threaded worker and its master. `PRIVATE` lists the names that they use and that gunicorn's
-documentation does not promise. A test looks them up in the installed version, and requirements.in bounds gunicorn to
-the minor version that they were checked with.
+Both rest on gunicorn's threaded worker and its master. tests/test_gunicorn.py lists the names that they use and that
+gunicorn's documentation does not promise, and looks them up in the installed version. requirements.in bounds gunicorn
+to the minor version that they were checked with.
 """
 
 import math
@@ -16,15 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from gunicorn import util
 from gunicorn.arbiter import Arbiter
 from gunicorn.http.errors import ParseException
-from gunicorn.http.message import Request
-from gunicorn.http.parser import RequestParser
-from gunicorn.http.unreader import Unreader
 from gunicorn.workers.gthread import TConn, ThreadWorker
 from msgspec import structs
 
@@ -36,15 +34,6 @@ from model import ModelError, ModelFetcher, Snapshot
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
-PRIVATE = {  # methods and functions; attributes
-    ThreadWorker: ("accept handle handle_error is_parent_alive notify run", "PIPE alive keepalived_conns"),
-    TConn: ("__init__ close", "data_ready parser sock timeout"),
-    RequestParser: ("", "unreader"),
-    Unreader: ("take_buffered unread", ""),
-    Request: ("force_close", "headers"),
-    util: ("write_nonblock", ""),
-    Arbiter: ("manage_workers handle_hup handle_term", "WORKERS WORKER_BOOT_ERROR num_workers"),
-}
 current = threading.local()  # `request`: the one that this thread handles
 
 
@@ -83,9 +72,9 @@ class Connection(TConn):  # type: ignore[misc]
 class Worker(ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker with a thread for each connection, so that slow clients cannot block others.
 
-    One free thread at a time waits for a new connection, and serves it until it is closed. If there are `threads`
-    connections, more wait in the listen queue. The main thread closes connections that are slow, or idle for too long.
-    A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
+    One free thread at a time waits for a new connection, and serves it until it is closed. The last free thread answers
+    503 instead. The main thread closes connections that are slow, or idle for too long. A stopping worker says
+    `Connection: close` in every answer and leaves idle connections LINGER seconds.
     """
 
     settings: Config
@@ -115,7 +104,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         deadline = time.monotonic() + self.cfg.graceful_timeout
         with self.turn:
             for listener in self.sockets:
-                while conn := self.accept(listener):
+                while conn := accept(self, listener):
                     self.start_thread(self.serve, conn)
                 listener.close()
         self.cfg.set("keepalive", LINGER)
@@ -153,18 +142,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         with self.turn:
             while self.alive:
                 self.readable.poll()
-                for conn in filter(None, map(self.accept, self.sockets)):
+                for conn in filter(None, map(partial(accept, self), self.sockets)):
                     if len(self.conns) == len(self.threads) < self.cfg.threads:  # no other thread is free
                         self.start_thread(self.work)
-                    return conn
-        return None
-
-    def accept(self, listener: Any) -> Connection | None:
-        """A connection; None if there is none, or no descriptor or memory for it."""
-        with suppress(OSError):
-            conn = Connection(self.cfg, *listener.accept(), listener.getsockname())
-            self.conns.add(conn)
-            return conn
+                    if len(self.conns) < self.cfg.threads or is_probe(conn):
+                        return conn
+                    answer_problem(self.log, conn.sock, 503)
+                    conn.close()
+                    self.conns.remove(conn)
         return None
 
     def serve(self, conn: Connection) -> None:
@@ -183,22 +168,42 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         if isinstance(exc, ParseException):
-            answer_malformed(self.log, client, req)
+            answer_problem(self.log, client, 400, req)
         else:
             super().handle_error(req, client, addr, exc)
 
 
-def answer_malformed(log: telemetry.Log, client: socket.socket, req: Any) -> None:
-    """Answer what is not HTTP with a problem that does not echo what was sent."""
+def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: Any = None) -> None:
+    """Answer overload, or what is not HTTP, with a problem that does not echo what was sent."""
     request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
     asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
-    log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, 400)
-    body = fraud_api.encode(structs.replace(fraud_api.problem(400), request_id=request_id))
+    log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, status)
+    found = structs.replace(fraud_api.problem(status), request_id=request_id)
+    body = fraud_api.encode(found)
     fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
-    fields |= {"X-Request-ID": request_id}
-    lines = ["HTTP/1.1 400 Bad Request", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    fields |= {"X-Request-ID": request_id} | ({"Retry-After": 1} if status == 503 else {})
+    lines = [f"HTTP/1.1 {status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     with suppress(OSError):  # the client may be gone
         util.write_nonblock(client, "\r\n".join(lines).encode() + body)
+
+
+def accept(worker: Worker, listener: Any) -> Connection | None:
+    """A new connection; None if there is none, or no descriptor or memory for it."""
+    with suppress(OSError):
+        conn = Connection(worker.cfg, *listener.accept(), listener.getsockname())
+        worker.conns.add(conn)
+        return conn
+    return None
+
+
+def is_probe(conn: Connection) -> bool:
+    """Whether a connection begins with a health check, which is not refused, or a busy service would be restarted."""
+    with suppress(OSError):
+        begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
+        conn.init()
+        conn.parser.unreader.unread(begun)
+        return bool(begun.startswith(b"GET /health"))
+    return False
 
 
 def bytes_moved(connection: socket.socket) -> float:

@@ -16,7 +16,7 @@ def test_defaults() -> None:
         "MLFLOW_TRACKING_URI='http://127.0.0.1:9' MODEL_URI='models:/fraud-detector@champion' MODEL_LOAD_TIMEOUT=30 "
         "MODEL_POLL_SECONDS=0 MODEL_MEMORY_MB=1024 MODEL_SHA256=None MODEL_ALLOW_UNSAFE=False FRAUD_THRESHOLD=None "
         "MAX_BATCH_SIZE=10000 MAX_BODY_BYTES=4194304 MAX_LINE_BYTES=65536 API_KEYS=[] ALLOW_ANONYMOUS=False "
-        "LOG_DECISIONS=False RECORD_KEY=None HOST='127.0.0.1' PORT=8000 WEB_CONCURRENCY=2 THREADS=4 "
+        "LOG_DECISIONS=False RECORD_KEY=None HOST='127.0.0.1' PORT=8000 WEB_CONCURRENCY=2 "
         "MAX_CONNECTIONS=1000 SLOW_SECONDS=10 MAX_WAIT_MS=1000 DRAIN_SECONDS=1 GRACEFUL_TIMEOUT=30 "
         "LOG_LEVEL='info' MEMORY_DIR='/dev/shm'"
     )
@@ -84,10 +84,10 @@ def test_a_wait_longer_than_a_slow_client_has() -> None:
 
 
 def test_values_are_typed_and_empty_is_not_set() -> None:
-    read = config(fraud_threshold="0.35", port=" 9000 ", host="::1", model_sha256="", threads="", log_level="INFO")
-    assert (read.fraud_threshold, read.port, read.host, read.model_sha256, read.threads, read.log_level) == (
+    read = config(fraud_threshold="0.35", port=" 9000 ", host="::1", model_sha256="", slow_seconds="", log_level="INFO")
+    assert (read.fraud_threshold, read.port, read.host, read.model_sha256, read.slow_seconds, read.log_level) == (
         *(0.35, 9000, "::1"),
-        *(None, 4, "info"),
+        *(None, 10, "info"),
     )
 
 

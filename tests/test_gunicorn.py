@@ -1,4 +1,4 @@
-"""What server.py takes from gunicorn beyond its documentation: listed in one place, and there in this version."""
+"""What the service takes from gunicorn beyond its documentation: listed in one place, and there in this version."""
 
 import ast
 import inspect
@@ -15,8 +15,17 @@ from gunicorn.http.unreader import Unreader
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from conftest import HERE
-from server import PRIVATE
 
+# What is used beyond the documentation: methods and functions; attributes.
+PRIVATE = {
+    ThreadWorker: ("handle handle_error is_parent_alive notify run", "PIPE alive keepalived_conns"),
+    TConn: ("__init__ close init", "data_ready parser sock timeout"),
+    RequestParser: ("", "unreader"),
+    Unreader: ("take_buffered unread", ""),
+    Request: ("force_close", "headers"),
+    util: ("write_nonblock", ""),
+    Arbiter: ("manage_workers handle_hup handle_term", "WORKERS WORKER_BOOT_ERROR num_workers"),
+}
 # What gunicorn's documentation shows its hooks to use: https://gunicorn.org/reference/settings/#server-hooks
 DOCUMENTED = {
     ThreadWorker: {"__init__", "age", "cfg", "log", "pid", "ppid", "sockets"},
@@ -36,7 +45,8 @@ HOLDS = {
         "util": util,
     },
     "Connection": {"self": TConn},
-    "answer_malformed": {"req": Request, "util": util},
+    "answer_problem": {"req": Request, "util": util},
+    "is_probe": {"conn": TConn, "conn.parser": RequestParser, "conn.parser.unreader": Unreader},
     "close_connection": {"current.request": Request},
     "Supervisor": {"server": Arbiter, "self.server": Arbiter, "worker": ThreadWorker},
 }
@@ -71,17 +81,17 @@ def uses() -> Iterator[tuple[Any, str]]:
 def test_the_names_are_there(owner: Any) -> None:
     """An update of gunicorn that renames one of them is noticed here, and not by clients."""
     for name in listed(owner):
-        assert name in names_of(owner), f"server.py uses {owner.__name__}.{name}, which {SERVER_SOFTWARE} does not have"
+        assert name in names_of(owner), f"{SERVER_SOFTWARE} has no {owner.__name__}.{name}, which server.py uses"
 
 
 def test_every_name_is_listed() -> None:
     used = {(owner, name) for owner, name in uses() if name in names_of(owner) - DOCUMENTED.get(owner, set())}
     missing = sorted(f"{owner.__name__}.{name}" for owner, name in used if name not in listed(owner))
-    assert not missing, f"server.py uses {', '.join(missing)}, which PRIVATE does not list"
+    assert not missing, f"the service uses {', '.join(missing)}, which PRIVATE does not list"
 
 
 def test_nothing_else_is_listed() -> None:
     idle = sorted(
         f"{owner.__name__}.{name}" for owner in PRIVATE for name in listed(owner) - {n for o, n in uses() if o is owner}
     )
-    assert not idle, f"PRIVATE lists {', '.join(idle)}, which server.py does not use"
+    assert not idle, f"PRIVATE lists {', '.join(idle)}, which the service does not use"

@@ -1,10 +1,10 @@
 """More than the service can do, and clients that take their time: what is accepted is answered, and soon."""
 
-import asyncio
 import http.client
 import json
 import math
 import os
+import select
 import socket
 import threading
 import time
@@ -13,7 +13,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -257,28 +256,43 @@ def slow_model(champion: str) -> str:
     return "models:/slow/1"
 
 
-async def ask(port: int, outcomes: list[tuple[str, float]], path: str = "/predict") -> None:
+class Asked:
     """One request on a connection of its own: the status of its answer, and seconds since it was connected."""
-    connection = socket.socket()
-    connection.setblocking(False)
-    try:
-        await asyncio.wait_for(asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port)), 1)
-    except (OSError, TimeoutError):
-        connection.close()
-        outcomes.append(("not connected", 0))
-        return
-    started = time.monotonic()
-    reader, writer = await asyncio.open_connection(sock=connection)
-    try:
-        more = f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(BODY)}"
-        request = head(more=more) + BODY
-        if path != "/predict":
-            request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
-        writer.write(request)
-        answer = await asyncio.wait_for(reader.read(), 60)
-        status = answer[9:12].decode()
-        if status == "503":
-            fields, _, body = answer.partition(b"\r\n\r\n")
+
+    def __init__(self, port: int, path: str) -> None:
+        self.socket, self.path, self.received, self.outcome = socket.socket(), path, b"", ""
+        self.started, self.connected, self.seconds = time.monotonic(), math.inf, 0.0
+        self.socket.setblocking(False)
+        self.socket.connect_ex(("127.0.0.1", port))
+
+    def go_on(self) -> None:
+        """Send the request when it is connected, and receive the answer to its end."""
+        try:
+            if self.connected == math.inf:
+                more = f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(BODY)}"
+                probe = f"GET {self.path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+                self.socket.send(head(more=more) + BODY if self.path == "/predict" else probe)
+                self.connected = time.monotonic()
+            elif data := self.socket.recv(2**16):
+                self.received += data
+            else:
+                self.end(self.received[9:12].decode() or "closed")
+        except OSError as error:
+            self.end("not connected" if self.connected == math.inf else type(error).__name__)
+
+    def look(self) -> None:
+        """A request ends here if it is not connected within a second, or not answered within a minute."""
+        waited = time.monotonic() - self.started
+        if waited > 1 and self.connected == math.inf:
+            self.end("not connected")
+        elif waited > 60:
+            self.end("not answered")
+
+    def end(self, outcome: str) -> None:
+        self.outcome, self.seconds = outcome, max(time.monotonic() - self.connected, 0)
+        self.socket.close()
+        if outcome == "503":
+            fields, _, body = self.received.partition(b"\r\n\r\n")
             headers = dict(line.split(": ", 1) for line in fields.decode().lower().split("\r\n")[1:])
             assert headers["retry-after"] == "1"
             assert json.loads(body) == {
@@ -287,47 +301,53 @@ async def ask(port: int, outcomes: list[tuple[str, float]], path: str = "/predic
                 "status": 503,
                 "request_id": headers["x-request-id"],
             }
-        outcomes.append((status or "closed", time.monotonic() - started))
-    except (OSError, TimeoutError) as error:
-        outcomes.append((type(error).__name__, time.monotonic() - started))
-    finally:
-        writer.close()
 
 
-@dataclass
 class Offered:
-    """What became of the requests and of the probes beside them, and seconds until one is answered at once again."""
+    """Requests and probes, whatever becomes of those before (an open loop)."""
 
-    outcomes: list[tuple[str, float]] = field(default_factory=list)
-    probes: list[tuple[str, float]] = field(default_factory=list)
-    recovered: float = 0
+    def __init__(self, port: int) -> None:
+        self.port, self.epoll, self.waiting = port, select.epoll(), dict[int, Asked]()
+        self.requests, self.probes = list[Asked](), list[Asked]()
+        self.looked = 0.0
 
-    def counts(self) -> Counter[str]:
-        return Counter(status for status, _ in self.outcomes)
+    def ask(self, path: str = "/predict") -> Asked:
+        asked = Asked(self.port, path)
+        self.epoll.register(asked.socket, select.EPOLLOUT)
+        self.waiting[asked.socket.fileno()] = asked
+        return asked
 
+    def go_on(self) -> None:
+        """What happens in the next milliseconds."""
+        for number, _ in self.epoll.poll(0.002):
+            before, asked = self.waiting[number].connected, self.waiting[number]
+            asked.go_on()
+            if asked.connected != before and not asked.outcome:
+                self.epoll.modify(number, select.EPOLLIN)
+        if time.monotonic() - self.looked > 0.1:
+            self.looked = time.monotonic()
+            for asked in self.waiting.values():
+                if not asked.outcome:
+                    asked.look()
+        self.waiting = {number: asked for number, asked in self.waiting.items() if not asked.outcome}
 
-async def offer(port: int, rate: float, seconds: float, watch: Callable[[float], None]) -> Offered:
-    """So many requests a second, whatever becomes of those before (an open loop), and twice a second a probe."""
-    offered, tasks = Offered(), set()
-    started, number, probes = time.monotonic(), 0, 0
-    while (now := time.monotonic() - started) < seconds:
-        new = [ask(port, offered.outcomes) for _ in range(number, math.ceil(now * rate))]
-        number += len(new)
-        if probes <= 2 * now:
-            probes += 1
-            new.append(ask(port, offered.probes, "/health/live"))
-        for coroutine in new:
-            task = asyncio.create_task(coroutine)
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        watch(now / seconds)
-        await asyncio.sleep(0.005)
-    over, after = time.monotonic(), [("", 0.0)]
-    while after[-1][0] != "200" and time.monotonic() - over < 60:
-        await ask(port, after)
-    offered.recovered = time.monotonic() - over
-    await asyncio.gather(*tasks)
-    return offered
+    def offer(self, rate: float, seconds: float, watch: Callable[[float], None]) -> float:
+        """So many requests a second and two probes; returns the seconds until one is answered again at once."""
+        started = time.monotonic()
+        while (now := time.monotonic() - started) < seconds:
+            self.requests += [self.ask() for _ in range(len(self.requests), math.ceil(now * rate))]
+            self.probes += [self.ask("/health/live") for _ in range(len(self.probes), math.ceil(now * 2))]
+            watch(now / seconds)
+            self.go_on()
+        over, after = time.monotonic(), self.ask()
+        while after.outcome != "200" and time.monotonic() - over < 60:
+            after = self.ask() if after.outcome else after
+            self.go_on()
+        recovered = time.monotonic() - over
+        while self.waiting:
+            self.go_on()
+        self.epoll.close()
+        return recovered
 
 
 @contextmanager
@@ -363,25 +383,25 @@ def test_ten_times_the_capacity(champion: str, slow_model: str, chaos: Chaos) ->
             if len(sizes) < done * 10:
                 sizes.append(service.memory())
 
-        offered = asyncio.run(offer(service.port, 10 * capacity, seconds, watch))
+        offered = Offered(service.port)
+        recovered = offered.offer(10 * capacity, seconds, watch)
         assert "Traceback" not in service.log
         assert service.workers() == workers
-    counts = offered.counts()
-    answered = sorted(taken for status, taken in offered.outcomes if status == "200")
+    counts = Counter(asked.outcome for asked in offered.requests)
+    answered = sorted(asked.seconds for asked in offered.requests if asked.outcome == "200")
     p99 = answered[int(0.99 * len(answered))]
     assert {*counts} <= {"200", "503", "not connected"}
     assert counts["503"] + counts["not connected"] > 0
     assert len(answered) / seconds > capacity * (0.5 if chaos.long else 0.25)
-    assert {status for status, _ in offered.probes} <= {"200", "not connected"}
-    assert "200" in {status for status, _ in offered.probes}
-    assert offered.recovered < 60
+    assert "200" in {asked.outcome for asked in offered.probes} <= {"200", "not connected"}
+    assert recovered < 60
     assert sizes[-1] - sizes[len(sizes) // 3] < 60 * 1024  # of which most is stacks of threads
     if chaos.long:
         assert p99 < 1
-        assert offered.recovered < 2
+        assert recovered < 2
     chaos.report(
         f"10 times the capacity ({10 * capacity:,.0f} requests/s) for {seconds:.0f} s, MAX_WAIT_MS=500",
         f"{sum(counts.values()):,} requests: {counts['200']:,} answered, p99 {p99 * 1000:.0f} ms",
         f"{counts['503']:,} refused with 503, {counts['not connected']:,} not connected within 1 s; "
-        f"recovered after {offered.recovered:.1f} s",
+        f"recovered after {recovered:.1f} s",
     )

@@ -315,13 +315,13 @@ def test_interrupted_start(silent_server: str, tmp_path_factory: pytest.TempPath
 
 
 def test_bad_configuration() -> None:
-    status, _, lines = failure("ftp://registry", threads="many")
+    status, _, lines = failure("ftp://registry", slow_seconds="many")
     assert (status, lines) == (
         1,
         [
             "bad configuration: "
             "MLFLOW_TRACKING_URI is 'ftp://registry', expected an http://, https:// or sqlite:/// address; "
-            "THREADS is 'many', expected a whole number from 1 to 64"
+            "SLOW_SECONDS is 'many', expected a whole number from 1 to 600"
         ],
     )
 
