@@ -434,19 +434,21 @@ def test_counting_in_several_threads(model: Model) -> None:
 
 
 def test_every_metric_is_explained(model: Model) -> None:
-    """`/metrics` has the declared metrics and no other, and README's table has them with their labels."""
+    """`/metrics` has the declared metrics and no other, and the table in k8s/README.md has them with their labels."""
     families = [*text_string_to_metric_families(client_of(create_app(config(), model, Process())).get("/metrics").text)]
     assert {family.name.removeprefix("fraud_api_"): family.type for family in families} == {
         name: kind for name, (kind, _, _) in METRICS.items()
     }
-    rows = re.findall(r"^\| `fraud_api_(\w+?)(?:_total)?(?:\{([\w, ]+)\})?` \|", (HERE / "README.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `fraud_api_(\w+?)(?:_total)?(?:\{([\w, ]+)\})?` \|", (HERE / "k8s/README.md").read_text(), re.M
+    )
     assert {name: tuple(filter(None, labels.split(", "))) for name, labels in rows} == {
         name: tuple(label for label in labels if label != "le") for name, (_, _, labels) in METRICS.items()
     }
 
 
 def test_the_rules_are_about_what_there_is() -> None:
-    """Prometheus' rules use declared metrics and labels only, and README shows the expressions of the drift."""
+    """Prometheus' rules use declared metrics and labels only, and k8s/README.md shows the expressions of the drift."""
     rules = (HERE / "k8s/components/monitoring/rules.yaml").read_text()
     names = {f"fraud_api_{name}{'_total' * (kind == 'counter')}" for name, (kind, _, _) in METRICS.items()}
     assert {*re.findall(r"fraud_api_\w+", rules)} <= names
