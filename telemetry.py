@@ -73,7 +73,7 @@ CELLS: list[tuple[Any, ...]] = [
 
 
 class Metrics:
-    """All metrics; k8s/README.md explains them. A block is an array: the model's version number, then a number per cell."""
+    """All metrics, as k8s/README.md explains them. A block is an array: the model's version, then a number per cell."""
 
     def __init__(self, blocks: int = 1) -> None:
         self.cells = {cell: number for number, cell in enumerate(CELLS, 1)}
