@@ -32,7 +32,7 @@ from pyspark.sql import SparkSession
 
 import bulk
 import data
-import train
+import versions
 from bench.bench import machine, register, say, service, write_readme
 from model import FIELDS
 
@@ -153,7 +153,7 @@ def main() -> None:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
         mlflow.set_tracking_uri(uri)
-        train.use_experiment("bench", uri)
+        versions.use_experiment("bench", uri)
         say("training")
         register(150)
         say(f"generating {options.most:,} transactions")
