@@ -380,10 +380,10 @@ class PredictBatch:
                     started = True
                     yield answers
         except Exception as error:
+            self.process.close_connection()
             if not started:  # it is answered as any other
                 raise
             record["detail"] = "the stream was cut off"
-            self.process.close_connection()
             if not isinstance(error, (falcon.HTTPError, OSError)):
                 report(record, error)
             raise ConnectionResetError(errno.ECONNRESET, "the stream failed") from None  # gunicorn closes it quietly
@@ -486,9 +486,15 @@ def request_id(given: str | None) -> str:
     return f"{getrandbits(128):032x}"  # not os.urandom, which would release the GIL
 
 
+def record_of(environ: dict[str, Any]) -> dict[str, Any]:
+    """The record of a request. Falcon refuses some before the middleware has made one."""
+    record: dict[str, Any] = environ.setdefault(RECORD, {"request_id": request_id(None)})
+    return record
+
+
 def send(req: falcon.Request, resp: falcon.Response, found: Problem) -> None:
     """Answer with a problem."""
-    record = req.env[RECORD]
+    record = record_of(req.env)
     resp.status, resp.content_type = found.status, PROBLEM
     resp.data = encode(msgspec.structs.replace(found, request_id=record["request_id"]))
     if found.detail:
@@ -503,7 +509,7 @@ def _expected(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPErro
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:
     """A mistake of ours: details in the log, the request's id to the client."""
-    report(req.env[RECORD], error)
+    report(record_of(req.env), error)
     send(req, resp, problem(500))
 
 

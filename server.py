@@ -42,31 +42,32 @@ class Connection(TConn):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.data_ready = True  # gunicorn shall not wait for data
+        self.data_ready, self.timeout = True, math.inf  # gunicorn shall not wait for data
         self.idle, self.since, self.moved = False, time.monotonic(), 0.0
+        self.last = False  # a health check that the last free thread handles
 
     def wait_for_request(self, keepalive: float) -> None:
         """Return when something comes, or the connection is shut down."""
-        self.timeout: float = time.monotonic() + keepalive
+        self.timeout = time.monotonic() + keepalive
         self.idle = True
         with suppress(OSError):
             self.sock.recv(1, socket.MSG_PEEK)
         self.idle, self.since, self.moved = False, time.monotonic(), 0.0
 
-    def is_late(self, slow_seconds: float) -> bool:
+    def is_late(self, slow_seconds: float, idle_until: float) -> bool:
         """Whether it has been idle for too long, or has moved less than `SLOW_RATE` for so many seconds."""
         now, since, before = time.monotonic(), self.since, self.moved
         if self.idle:
-            return now > self.timeout
+            return now > min(self.timeout, idle_until)
         if now - since < slow_seconds:
             return False
         self.since, self.moved = now, bytes_moved(self.sock)
         return self.moved - before < SLOW_RATE * (now - since)
 
     def shut_down(self) -> None:
-        """End it; its thread closes it."""
+        """End it; its thread closes it. A request that has just come on an idle connection is answered."""
         with suppress(OSError):  # it has ended
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self.sock.shutdown(socket.SHUT_RD if self.idle else socket.SHUT_RDWR)
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -83,7 +84,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
         self.conns, self.keepalived_conns = set[Connection](), set[Connection]()  # all, and the idle ones among them
-        self.threads, self.turn = list[threading.Thread](), threading.Lock()
+        self.threads, self.turn, self.idle_until = list[threading.Thread](), threading.Lock(), math.inf
 
     def run(self) -> None:
         """In the main thread: watch the connections until a signal comes, then stop."""
@@ -92,7 +93,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             listener.setblocking(False)
         for source in (stopping, *self.sockets):
             self.readable.register(source, select.POLLIN)
-        self.start_thread(self.work)
+        with self.turn:
+            start_thread(self, self.work)
         while self.alive and self.is_parent_alive():
             self.watch(1)
         self.alive: bool = False
@@ -103,13 +105,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Accept no more, let requests in progress end, and leave idle connections a while."""
         deadline = time.monotonic() + self.cfg.graceful_timeout
         with self.turn:
-            for listener in self.sockets:
-                while conn := accept(self, listener):
-                    self.start_thread(self.serve, conn)
+            for listener in self.sockets:  # if the service goes on, other workers accept what waits
+                while process.stopping[0] and len(self.conns) < self.cfg.threads and (conn := accept(self, listener)):
+                    start_thread(self, self.serve, conn)
                 listener.close()
-        self.cfg.set("keepalive", LINGER)
-        for conn in list(self.keepalived_conns):
-            conn.timeout = min(conn.timeout, time.monotonic() + LINGER)
+        self.idle_until = time.monotonic() + LINGER
         while self.conns and time.monotonic() < deadline:
             self.watch(0.02)
         for conn in list(self.conns):
@@ -121,16 +121,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Close the connections that are late, and wait so long for a signal."""
         self.notify()
         for conn in list(self.conns):
-            if conn.is_late(self.settings.slow_seconds):
+            if conn.is_late(self.settings.slow_seconds, self.idle_until):
                 conn.shut_down()
         if select.select([self.PIPE[0]], [], [], seconds)[0]:
             os.read(self.PIPE[0], 4096)
-
-    def start_thread(self, target: Callable[..., None], *args: Any) -> None:
-        with suppress(RuntimeError):  # the system allows no more: those that there are go on
-            thread = threading.Thread(target=target, args=args, daemon=True)
-            thread.start()
-            self.threads.append(thread)
 
     def work(self) -> None:
         """In a thread: serve one connection after another."""
@@ -144,8 +138,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 self.readable.poll()
                 for conn in filter(None, map(partial(accept, self), self.sockets)):
                     if len(self.conns) == len(self.threads) < self.cfg.threads:  # no other thread is free
-                        self.start_thread(self.work)
-                    if len(self.conns) < self.cfg.threads or is_probe(conn):
+                        with suppress(RuntimeError):  # the system allows no more
+                            start_thread(self, self.work)
+                    conn.last = len(self.conns) >= len(self.threads)
+                    if not conn.last or is_probe(conn):
                         return conn
                     answer_problem(self.log, conn.sock, 503)
                     conn.close()
@@ -155,16 +151,20 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def serve(self, conn: Connection) -> None:
         """Handle the requests of a connection until it is closed."""
         try:
-            while self.handle(conn):
+            while self.handle(conn) and not conn.last:
                 if more := conn.parser.unreader.take_buffered():  # sent behind the request without waiting
                     conn.parser.unreader.unread(more)
                 else:
                     self.keepalived_conns.add(conn)
                     conn.wait_for_request(self.cfg.keepalive)
                     self.keepalived_conns.remove(conn)
+        except Exception:  # the thread goes on
+            self.log.exception("a connection failed")
         finally:
-            conn.close(graceful=True)
+            self.keepalived_conns.discard(conn)
             self.conns.remove(conn)
+            with suppress(OSError):  # gunicorn has closed it
+                conn.close(graceful=not conn.last)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         if isinstance(exc, ParseException):
@@ -187,13 +187,21 @@ def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: 
         util.write_nonblock(client, "\r\n".join(lines).encode() + body)
 
 
+def start_thread(worker: Worker, target: Callable[..., None], *args: Any) -> None:
+    thread = threading.Thread(target=target, args=args, daemon=True)
+    thread.start()
+    worker.threads.append(thread)
+
+
 def accept(worker: Worker, listener: Any) -> Connection | None:
     """A new connection; None if there is none, or no descriptor or memory for it."""
-    with suppress(OSError):
+    try:
         conn = Connection(worker.cfg, *listener.accept(), listener.getsockname())
-        worker.conns.add(conn)
-        return conn
-    return None
+    except OSError as error:
+        time.sleep(0 if isinstance(error, BlockingIOError) else 0.05)
+        return None
+    worker.conns.add(conn)
+    return conn
 
 
 def is_probe(conn: Connection) -> bool:
@@ -202,7 +210,7 @@ def is_probe(conn: Connection) -> bool:
         begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
         conn.init()
         conn.parser.unreader.unread(begun)
-        return bool(begun.startswith(b"GET /health"))
+        return begun.startswith(b"GET /health") and b"\r\n\r\n" in begun
     return False
 
 
@@ -245,7 +253,10 @@ class Supervisor:
         except Exception:
             self.log.exception("the supervisor starts again")
             self.steps = self.supervise()
-        self.manage_workers()
+        try:
+            self.manage_workers()
+        except OSError:  # no process or memory for a worker: it is tried again
+            self.log.exception("cannot start a worker")
 
     def look_now(self) -> None:
         """SIGHUP"""
@@ -311,11 +322,8 @@ class Supervisor:
         if len(self.server.WORKERS) < self.server.num_workers and not process.stopping[0]:
             process.metrics.add("worker_restarts")
         if not worker.ready[0] and worker.snapshot is process.snapshot is not self.served:
-            self.log.error(
-                "still serving %s, not %s: no worker for it",
-                self.served.version,
-                cast(Snapshot, worker.snapshot).version,
-            )
+            version = cast(Snapshot, worker.snapshot).version
+            self.log.error("still serving %s, not %s: no worker for it", self.served.version, version)
             process.metrics.add("failed_reloads")
             process.snapshot = self.served
 

@@ -247,7 +247,7 @@ class Log(Logger):  # type: ignore[misc]
 
     def access(self, resp: Any, req: Any, environ: Mapping[str, Any], request_time: timedelta) -> None:
         """gunicorn calls this when the last byte of an answer is sent, or cannot be."""
-        self.answered(environ, resp.status_code, max(request_time.total_seconds(), 0))  # the clock may be set back
+        self.answered(environ, int(resp.status[:3]), max(request_time.total_seconds(), 0))  # the clock may be set back
 
     def answered(self, environ: Mapping[str, Any], status: int, seconds: float | None = None) -> None:
         """Count a request and log its line."""

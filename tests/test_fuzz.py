@@ -54,6 +54,11 @@ CORPUS: dict[str, tuple[bytes, list[int]]] = {
     "a null in a header": (post(BODY, TYPE + b"X: \0\r\n"), [400]),
     "an unknown version": (b"GET /health/live HTTP/9.9\r\n\r\n", [400]),
     "an unknown method": (b"!!! / HTTP/1.1\r\nHost: x\r\n\r\n", [400]),
+    "a method that Falcon refuses": (b"WEBSOCKET / HTTP/1.1\r\nHost: x\r\n\r\n", [400]),
+    "a stream with a broken chunk": (
+        chunked(b"zz\r\n" + SMUGGLED, b"Content-Type: application/x-ndjson\r\n", b"/predict/batch"),
+        [400],
+    ),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 500 + b"\r\n\r\n", [400]),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
     "lengths that differ": (post(BODY, TYPE + b"Content-Length: 3\r\n") + SMUGGLED, [400]),
