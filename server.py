@@ -73,9 +73,9 @@ class Connection(TConn):  # type: ignore[misc]
 class Worker(ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker with a thread for each connection, so that slow clients cannot block others.
 
-    One free thread at a time waits for a new connection, and serves it until it is closed. The last free thread answers
-    503 instead. The main thread closes connections that are slow, or idle for too long. A stopping worker says
-    `Connection: close` in every answer and leaves idle connections LINGER seconds.
+    One free thread at a time waits for a new connection, and serves it until it is closed. The last free thread serves
+    health checks only, and answers 503 to the others. The main thread closes connections that are slow, or idle for too
+    long. A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
     """
 
     settings: Config
@@ -84,7 +84,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
         self.conns, self.keepalived_conns = set[Connection](), set[Connection]()  # all, and the idle ones among them
-        self.threads, self.turn, self.idle_until = list[threading.Thread](), threading.Lock(), math.inf
+        self.threads, self.accepting, self.idle_until = list[threading.Thread](), threading.Lock(), math.inf
 
     def run(self) -> None:
         """In the main thread: watch the connections until a signal comes, then stop."""
@@ -93,7 +93,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             listener.setblocking(False)
         for source in (stopping, *self.sockets):
             self.readable.register(source, select.POLLIN)
-        with self.turn:
+        with self.accepting:
             start_thread(self, self.work)
         while self.alive and self.is_parent_alive():
             self.watch(1)
@@ -104,7 +104,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def stop(self) -> None:
         """Accept no more, let requests in progress end, and leave idle connections a while."""
         deadline = time.monotonic() + self.cfg.graceful_timeout
-        with self.turn:
+        with self.accepting:
             for listener in self.sockets:  # if the service goes on, other workers accept what waits
                 while process.stopping[0] and len(self.conns) < self.cfg.threads and (conn := accept(self, listener)):
                     start_thread(self, self.serve, conn)
@@ -133,7 +133,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def next_connection(self) -> Connection | None:
         """Wait for a connection; None if the worker stops."""
-        with self.turn:
+        with self.accepting:
             while self.alive:
                 self.readable.poll()
                 for conn in filter(None, map(partial(accept, self), self.sockets)):
