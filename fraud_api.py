@@ -454,7 +454,7 @@ class Middleware:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         environ = req.env
-        environ[RECORD] = {"request_id": request_id(environ.get("HTTP_X_REQUEST_ID")), "model_version": self.version}
+        record_of(environ)["model_version"] = self.version
         resp.set_header("X-Request-ID", environ[RECORD]["request_id"])
         if "HTTP_HOST" not in environ and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
             raise falcon.HTTPBadRequest(description="Host: expected this header")
@@ -474,8 +474,7 @@ class Middleware:
         if req.method == "OPTIONS" and resource:
             resp.set_header("Allow", f"{resp.get_header('Allow')}, OPTIONS")
         has_body = req.content_length or "HTTP_TRANSFER_ENCODING" in req.env
-        unread = bool(has_body and READ not in req.env)
-        if unread or self.process.stopping[0]:
+        if self.process.stopping[0] or (has_body and READ not in req.env):
             self.process.close_connection()
 
 
@@ -487,9 +486,10 @@ def request_id(given: str | None) -> str:
 
 
 def record_of(environ: dict[str, Any]) -> dict[str, Any]:
-    """The record of a request. Falcon refuses some before the middleware has made one."""
-    record: dict[str, Any] = environ.setdefault(RECORD, {"request_id": request_id(None)})
-    return record
+    """What goes on record about a request. Falcon refuses some before the middleware has seen them."""
+    if RECORD not in environ:
+        environ[RECORD] = {"request_id": request_id(environ.get("HTTP_X_REQUEST_ID"))}
+    return cast(dict[str, Any], environ[RECORD])
 
 
 def send(req: falcon.Request, resp: falcon.Response, found: Problem) -> None:

@@ -24,7 +24,6 @@ from gunicorn import util
 from gunicorn.arbiter import Arbiter
 from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import TConn, ThreadWorker
-from msgspec import structs
 
 import fraud_api
 import telemetry
@@ -178,7 +177,7 @@ def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: 
     request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
     asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
     log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, status)
-    found = structs.replace(fraud_api.problem(status), request_id=request_id)
+    found = fraud_api.problem(status, request_id=request_id)
     body = fraud_api.encode(found)
     fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
     fields |= {"X-Request-ID": request_id} | ({"Retry-After": 1} if status == 503 else {})
@@ -208,9 +207,10 @@ def is_probe(conn: Connection) -> bool:
     """Whether a connection begins with a health check, which is not refused, or a busy service would be restarted."""
     with suppress(OSError):
         begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
-        conn.init()
-        conn.parser.unreader.unread(begun)
-        return begun.startswith(b"GET /health") and b"\r\n\r\n" in begun
+        if begun.startswith(b"GET /health") and b"\r\n\r\n" in begun:
+            conn.init()
+            conn.parser.unreader.unread(begun)
+            return True
     return False
 
 
