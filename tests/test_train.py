@@ -210,7 +210,7 @@ def test_folds_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "pipeline", pipeline)
     monkeypatch.setattr(train, "FOLDS", 2)
     train.search(SAMPLE, train.arguments(["--trees", "1", "--budget", "1"]))
-    code = "from sklearn.utils._openmp_helpers import _openmp_effective_n_threads as n; print(n())"
+    code = "import train; from sklearn.utils._openmp_helpers import _openmp_effective_n_threads as n; print(n())"
     process = Process(
         sys.executable,
         "-c",
