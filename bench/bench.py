@@ -35,6 +35,7 @@ import treelite
 import data
 import train
 import versions
+from bench.tables import write_table
 from config import Config
 from model import FIELDS, LeafMaskScorer, acquire
 
@@ -356,12 +357,6 @@ def chart(found: dict[tuple[str, ...], float], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def write_readme(text: str, head: str, tail: str) -> None:
-    readme = HERE.parent / "README.md"
-    before, _, rest = readme.read_text().partition(head)
-    readme.write_text(f"{before}{head}\n{text}\n{tail}{rest.partition(tail)[2]}")
-
-
 def machine() -> str:
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     return f"{len(CORES)} cores ({model[1] if model else 'unknown'}), Python {sys.version.split()[0]}"
@@ -406,7 +401,7 @@ def main() -> None:
         "onnxruntime computes in float32."
     )
     text = table(found, memory, how)
-    write_readme(text, "<!-- make bench writes from here -->", "<!-- to here -->")
+    write_table("bench", text)
     chart(found, HERE / "results.png")
     print(text)
 

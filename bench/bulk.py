@@ -33,10 +33,10 @@ from pyspark.sql import SparkSession
 import bulk
 import data
 import versions
-from bench.bench import machine, register, say, service, write_readme
+from bench.bench import machine, register, say, service
+from bench.tables import write_table
 from model import FIELDS
 
-HEAD, TAIL = "<!-- make bench-bulk writes from here -->", "<!-- to here: bulk -->"
 OURS, UDF = "`bulk.py`", "`mlflow.pyfunc.spark_udf`"
 VERSION = "models:/bench-150/1"
 PIECE, WARM_UP, COMPARED = 1_000_000, 100_000, 1000  # rows
@@ -180,7 +180,7 @@ def main() -> None:
         "| --: | --: | --: | --: |",
         *(f"| {' | '.join(cells)} |" for cells in used),
     ]
-    write_readme("\n".join(lines), HEAD, TAIL)
+    write_table("bench-bulk", "\n".join(lines))
     print("\n".join(lines))
 
 

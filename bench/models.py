@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import lightgbm
 import numpy as np
@@ -26,10 +25,9 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardSc
 
 import data
 import train
+from bench.tables import write_table
 from model import CATEGORY
 
-README = Path(__file__).parent.parent / "README.md"
-HEAD, TAIL = "<!-- make bench-models writes from here -->", "<!-- to here: models -->"
 OURS, LIGHTGBM = "`train.py`", "LightGBM, early stopping, refitted to all"
 MEASURES = {"average precision": average_precision_score, "ROC AUC": roc_auc_score, "Brier score": brier_score_loss}
 DIGITS = (4, 4, 5)
@@ -149,8 +147,7 @@ def main() -> None:
         *compare("generated", data.generate, options.rows, options.seeds),
         *compare("wide", wide, options.rows, options.seeds),
     ]
-    before, _, rest = README.read_text().partition(HEAD)
-    README.write_text("\n".join([f"{before}{HEAD}", *lines, f"{TAIL}{rest.partition(TAIL)[2]}"]))
+    write_table("bench-models", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from webtest import TestApp
 import fraud_api
 import train
 import versions
+from bench.tables import write_table
 from chaos import Chaos
 from model import Model, Snapshot, acquire, load
 
@@ -367,11 +368,5 @@ def chaos(request: pytest.FixtureRequest) -> Iterator[Chaos]:
     chaos = Chaos(seconds or 2)
     yield chaos
     if seconds and len(chaos.rows) == TABLE:  # not where a test failed, was left out, or did not come to its end
-        write_readme(chaos.table())
-
-
-def write_readme(table: str) -> None:
-    readme, head, tail = HERE / "README.md", "<!-- make chaos writes from here -->", "<!-- to here: chaos -->"
-    before, _, rest = readme.read_text().partition(head)
-    readme.write_text(f"{before}{head}\n{table}\n{tail}{rest.partition(tail)[2]}")
-    print(f"\n{table}", file=sys.__stderr__)
+        write_table("chaos", chaos.table())
+        print(f"\n{chaos.table()}", file=sys.__stderr__)
