@@ -38,7 +38,7 @@ LABEL org.opencontainers.image.revision=${COMMIT}
 ENV PATH=/opt/venv/bin:${PATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOST=0.0.0.0
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
-COPY config.py fraud_api.py gunicorn.conf.py model.py openapi.json page.html server.py telemetry.py ./
+COPY config.py fraud_api.py gunicorn.conf.py model.py openapi.json page.html server.py telemetry.py trusted_types.txt ./
 # Compile every module that the service imports, those of Python too, because the root is read-only later. The bytecode
 # is not checked against the times of the sources, which are all equal. The imports also prove that nothing is missing.
 RUN MLFLOW_DISABLE_TELEMETRY=true python -c 'import boto3, fraud_api, gunicorn.app.wsgiapp, gunicorn.workers.gthread; \

@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, config: Config, model: Model) -> dict[str, 
     """Score the input, write the scores, and count what was written."""
     spark, snapshot = sql.SparkSession.builder.appName("bulk").getOrCreate(), model.snapshot
     spark.conf.set("spark.sql.sources.partitionColumnTypeInference.enabled", False)  # hour=07 is written as hour=07
-    for name in ("bulk.py", "config.py", "model.py"):
+    for name in ("bulk.py", "config.py", "model.py", "trusted_types.txt"):
         spark.sparkContext.addPyFile(str(Path(__file__).with_name(name)))
     table = spark.read.format(options.format).options(header=True, escape='"').load(options.input)
     # The files of a partitioned table are in folders with the names and values of partition columns: day=2026-11-01.

@@ -59,44 +59,10 @@ ROWS_AT_A_TIME = 256  # so that masks and leaf values of a piece stay in the CPU
 # DataFrames are clipped to this: forests convert to float32 and refuse what does not fit.
 LARGEST = 1e30
 
-# Everything that a model in skops format may consist of. None of these types and functions reads files, opens
-# connections or runs code that is part of the artifact. (A malformed tree can still crash the process that scores.)
+# Everything that a model in skops format may consist of: how objects are loaded, types and functions.
 SKOPS_PROTOCOL = 2
-TRUSTED_LOADERS = {
-    *("CachedNode", "DTypeNode", "DictNode", "FunctionNode", "JsonNode", "ListNode", "LossNode", "NdArrayNode"),
-    *("ObjectNode", "PartialNode", "RandomGeneratorNode", "RandomStateNode", "SetNode", "SliceNode", "TreeNode"),
-    *("TupleNode", "TypeNode"),
-}
-_TRUSTED = {
-    "builtins": "bool dict float int list set slice str tuple",
-    "functools": "partial",
-    "numpy": "bool bool_ dtype float32 float64 int32 int64 ndarray str_ uint64 uint8",
-    "numpy.random._generator": "Generator",
-    "sklearn._loss._loss": "CyHalfBinomialLoss",
-    "sklearn._loss.link": "Interval LogitLink",
-    "sklearn._loss.loss": "HalfBinomialLoss",
-    "sklearn.calibration": "CalibratedClassifierCV _CalibratedClassifier _SigmoidCalibration",
-    "sklearn.compose._column_transformer": "ColumnTransformer",
-    "sklearn.dummy": "DummyClassifier",
-    "sklearn.ensemble._forest": "ExtraTreesClassifier RandomForestClassifier",
-    "sklearn.ensemble._gb": "GradientBoostingClassifier",
-    "sklearn.ensemble._hist_gradient_boosting.binning": "_BinMapper",
-    "sklearn.ensemble._hist_gradient_boosting.gradient_boosting": "HistGradientBoostingClassifier",
-    "sklearn.ensemble._hist_gradient_boosting.predictor": "TreePredictor",
-    "sklearn.impute._base": "SimpleImputer",
-    "sklearn.isotonic": "IsotonicRegression",
-    "sklearn.linear_model._logistic": "LogisticRegression",
-    "sklearn.pipeline": "Pipeline",
-    "sklearn.preprocessing._data": "MinMaxScaler RobustScaler StandardScaler",
-    "sklearn.preprocessing._encoders": "OneHotEncoder OrdinalEncoder",
-    "sklearn.preprocessing._function_transformer": "FunctionTransformer",
-    "sklearn.preprocessing._label": "LabelEncoder",
-    "sklearn.tree._classes": "DecisionTreeClassifier DecisionTreeRegressor ExtraTreeClassifier",
-    "sklearn.tree._tree": "Tree",
-    "sklearn.utils.validation": "check_array",
-}
-TRUSTED_TYPES = {f"{module}.{name}" for module, names in _TRUSTED.items() for name in names.split()}
-
+_lines = Path(__file__).with_name("trusted_types.txt").read_text().splitlines()
+TRUSTED_TYPES = {line for line in _lines if line and not line.startswith("#")}
 
 STOPS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
 
@@ -723,7 +689,7 @@ def _unsafe(folder: Path) -> list[str]:
 
 
 def _untrusted(file: Path) -> list[str]:
-    """The types, functions and loaders in a .skops file that are not on the lists of trusted ones."""
+    """The types, functions and loaders in a .skops file that are not on the list of trusted ones."""
     nodes: list[dict[str, Any]] = []
     with zipfile.ZipFile(file) as archive:
         json.loads(archive.read("schema.json"), object_hook=nodes.append)  # every object in it, the whole one last
@@ -731,7 +697,7 @@ def _untrusted(file: Path) -> list[str]:
         return [f"skops protocol {protocol}"]
     nodes = [node for node in nodes if node.keys() & {"__loader__", "__module__", "__class__"}]
     types = {f"{node.get('__module__')}.{node.get('__class__')}" for node in nodes}
-    return sorted(types - TRUSTED_TYPES | {str(node.get("__loader__")) for node in nodes} - TRUSTED_LOADERS)
+    return sorted((types | {str(node.get("__loader__")) for node in nodes}) - TRUSTED_TYPES)
 
 
 def new_folder(parent: str) -> Path:

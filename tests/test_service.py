@@ -394,7 +394,7 @@ def test_s3(champion: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> Non
 
 SERVED = [
     *("fraud_api.py", "model.py", "server.py", "telemetry.py", "config.py", "gunicorn.conf.py"),
-    *("openapi.json", "page.html", "version.json"),
+    *("openapi.json", "page.html", "trusted_types.txt", "version.json"),
 ]
 
 

@@ -499,7 +499,9 @@ def test_image_has_what_the_service_is() -> None:
         seen.add(name)
         imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / name).read_text(), re.M)
         modules |= {f"{module}.py" for module in imports if (HERE / f"{module}.py").exists()}
-    files = {name for module in modules for name in re.findall(r'"(\w+\.(?:json|html))"', (HERE / module).read_text())}
+    files = {
+        name for module in modules for name in re.findall(r'"(\w+\.(?:json|html|txt))"', (HERE / module).read_text())
+    }
     assert copied() == modules | (files - {"schema.json", "version.json"}) | {
         "requirements.txt",
         "requirements-build.txt",
