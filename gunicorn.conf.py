@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import time
-from functools import partial
 
 sys.dont_write_bytecode = True  # the service writes no file to any disk
 
@@ -103,7 +102,7 @@ def post_fork(server, worker):
     if worker.age > server.cfg.workers:  # if the first workers cannot start, the service ends; later ones are replaced
         server.WORKER_BOOT_ERROR = 1
     process.metrics.use(worker.block, int(worker.snapshot.number))
-    process.log_line = partial(worker.log.output.put, patient=True)
+    process.log_line = worker.log.output.put
     server.cfg.set("graceful_timeout", max(server.cfg.graceful_timeout - 1, 1))
 
 

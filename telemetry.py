@@ -35,7 +35,7 @@ RECORD, ROUTE = "fraud_api.record", "fraud_api.route"
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 MOST_LINES = 100_000  # that wait to be written; more are lost
 WRITE_SECONDS = 0.005  # lines of so long a time are written together
-PATIENCE = 100  # pieces that a patient caller writes
+PATIENCE = 100  # pieces that a caller writes where the queue is full
 STALL_SECONDS = 0.1  # without reading anything, after which the reader of the log counts as stalled
 
 ROUTES = (
@@ -189,9 +189,9 @@ class Output(logging.Handler):
             self.wanted.clear()
             self.drain()
 
-    def put(self, line: dict[str, Any], patient: bool = False) -> None:
-        """Queue a line. A patient caller writes some lines itself where the queue is full and the reader goes on."""
-        if patient and len(self.lines) >= MOST_LINES and not self.stalled:
+    def put(self, line: dict[str, Any]) -> None:
+        """Queue a line. Where the queue is full and the reader goes on, the caller writes some lines itself."""
+        if len(self.lines) >= MOST_LINES and not self.stalled:
             self.drain(PATIENCE)
         if len(self.lines) < MOST_LINES:
             self.lines.append(msgspec.json.encode(line) + b"\n")
