@@ -38,9 +38,10 @@ OK = b'{"status":"ok"}'
 SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 # A stream is read in pieces that grow from the first size to the last, so that the first answers come at once.
 FIRST_READ, LAST_READ = 2**10, 2**17
+BODIES_AT_A_TIME = 16  # of JSON batches, each of up to MAX_BODY_BYTES
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # In JSON text: escapes that are valid (kept), or half of a surrogate pair.
-HALF_PAIR = re.compile(rb"(\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(?!u[dD][89a-fA-F]).)|\\u[dD]...", re.S)
+HALF_PAIR = re.compile(rb"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..|(?!u[dD][89a-fA-F]).)|u[dD]...)", re.S)
 # What msgspec raises for broken JSON, broken UTF-8 and endless nesting.
 MALFORMED = (msgspec.DecodeError, ValueError, RecursionError)
 READ = "fraud_api.read"  # in the WSGI environment: whether the body has been read, or is being read as a stream
@@ -286,16 +287,16 @@ class Predictor:
 
 
 class Turns:
-    """Lets one thread work at a time, in the order in which they come (a `threading.Lock` keeps no order)."""
+    """Lets so many threads work at a time, in the order in which they come (a `threading.Semaphore` keeps no order)."""
 
-    def __init__(self, wait_ms: int) -> None:
-        self.seconds, self.taken = wait_ms / 1000, False
+    def __init__(self, wait_ms: int, at_a_time: int = 1) -> None:
+        self.seconds, self.free = wait_ms / 1000, at_a_time
         self.lock, self.waiting = Lock(), deque[Any]()
 
     def __enter__(self) -> None:
         with self.lock:
-            if not self.taken:
-                self.taken = True
+            if self.free:
+                self.free -= 1
                 return
             mine = Lock()
             mine.acquire()
@@ -311,14 +312,14 @@ class Turns:
             if self.waiting:
                 self.waiting.popleft().release()
             else:
-                self.taken = False
+                self.free += 1
 
 
 class Predict:
     """`POST /predict`"""
 
     def __init__(self, config: Config, predictor: Predictor) -> None:
-        self.max_bytes, self.predictor, self.turns = config.max_body_bytes, predictor, Turns(config.max_wait_ms)
+        self.max_bytes, self.predictor, self.turns = config.max_line_bytes, predictor, Turns(config.max_wait_ms)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         explain = self.predictor.asked_to_explain(req)
@@ -336,12 +337,12 @@ class PredictBatch:
     """`POST /predict/batch`: a JSON document, or a stream of JSON lines.
 
     Each worker decodes and scores one batch, or one piece of a stream, at a time: single requests are not delayed, and
-    a body can take 36 times its size in memory while it is decoded.
+    a body can take 36 times its size in memory while it is decoded. It reads few bodies at a time, which bounds memory.
     """
 
     def __init__(self, config: Config, predictor: Predictor, process: Process) -> None:
         self.config, self.predictor, self.process = config, predictor, process
-        self.turns = Turns(config.max_wait_ms)
+        self.bodies, self.turns = Turns(config.max_wait_ms, BODIES_AT_A_TIME), Turns(config.max_wait_ms)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         explain = self.predictor.asked_to_explain(req)
@@ -350,14 +351,15 @@ class PredictBatch:
             answers = self.answer_stream(req.stream, explain, req.env[RECORD])
             resp.content_type, resp.stream = NDJSON, chain([next(answers, b"")], answers)
             return
-        body = read_json(req, self.config.max_body_bytes)
-        with self.turns:
-            self.answer_document(body, explain, req, resp)
+        with self.bodies:
+            body = read_json(req, self.config.max_body_bytes)
+            with self.turns:
+                self.answer_document(body, explain, req, resp)
 
     def answer_document(self, body: bytes, explain: bool, req: falcon.Request, resp: falcon.Response) -> None:
         batch = decode(decode_batch, body)
         if isinstance(batch, Problem) and batch.status == 400:
-            batch = decode(decode_batch, HALF_PAIR.sub(lambda found: found[1] or b"\xff", body))
+            batch = decode(decode_batch, HALF_PAIR.sub(lambda found: found[0] if found[1] else b"\xff", body))
         if isinstance(batch, Problem):
             send(req, resp, batch)
         elif len(batch.transactions) > self.config.max_batch_size:

@@ -120,7 +120,7 @@ UNREAD = {
     413: ("POST", "/predict", JSON + KEY),
     415: ("POST", "/predict", TEXT + KEY),
 }
-SIZES = [len(BODY), 1_000_000, 6_000_000]  # the largest is over MAX_BODY_BYTES
+SIZES = [len(BODY), 1_000_000, 6_000_000]
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])

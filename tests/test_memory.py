@@ -30,8 +30,8 @@ PAD = b"x" * 40_000
 
 @pytest.fixture(scope="module")
 def alone(champion: str) -> Iterator[Service]:
-    """A service of one worker."""
-    with running(champion, web_concurrency="1") as service:
+    """A service of one worker that takes a transaction of 1 MB."""
+    with running(champion, web_concurrency="1", max_line_bytes="1048576") as service:
         yield service
 
 
@@ -44,10 +44,10 @@ JSON, LINES = "application/json", "application/x-ndjson"
 ROWS = b", ".join([padded(BODY)] * 95)
 # name: path, Content-Type, body, and the statuses that may come back
 BAD: dict[str, tuple[str, str, bytes, set[int]]] = {
-    "malformed JSON": ("/predict", JSON, padded(BODY)[:-2] + PAD * 100, {400}),
+    "malformed JSON": ("/predict", JSON, padded(BODY)[:-2] + PAD * 24, {400}),
     "a malformed batch": ("/predict/batch", JSON, b'{"transactions": [' + ROWS, {400}),
     "a batch with a malformed row": ("/predict/batch", JSON, b'{"transactions": [{}, ' + ROWS + b"]}", {200}),
-    "a wrong type": ("/predict", JSON, BODY.replace(b'"grocery_stores"', b'["' + PAD * 100 + b'"]'), {422}),
+    "a wrong type": ("/predict", JSON, BODY.replace(b'"grocery_stores"', b'["' + PAD * 24 + b'"]'), {422}),
     "too large": ("/predict", JSON, b"x" * 4_200_000, {413}),
     "a stream with blank and broken lines": (
         "/predict/batch",
@@ -82,8 +82,8 @@ def send(service: Service, path: str, kind: str, body: bytes, missing: int = 0) 
 
 @pytest.mark.parametrize("name", [*BAD, "a body that breaks off"])
 def test_bad_bodies_leave_nothing(alone: Service, name: str) -> None:
-    """200 of a kind, most of them 4 MB each: private memory is not larger than after the first ones."""
-    path, kind, body, statuses = BAD.get(name, ("/predict", JSON, PAD * 100, {400}))
+    """200 of a kind, 1 or 4 MB each: private memory is not larger than after the first ones."""
+    path, kind, body, statuses = BAD.get(name, ("/predict", JSON, PAD * 24, {400}))
     missing = 0 if name in BAD else 5000
     for _ in range(4):
         assert send(alone, path, kind, body, missing) in statuses
@@ -127,7 +127,7 @@ def fill(folder: Path) -> None:
 
 def test_a_full_memory_dir(champion: str, small: Path) -> None:
     """Every request is answered, no worker dies of it, and one that is killed is replaced. Metrics may stop."""
-    with running(champion, memory_dir=str(small), web_concurrency="2") as service:
+    with running(champion, memory_dir=str(small), web_concurrency="2", max_line_bytes="1048576") as service:
         fill(small)
         with Load(service.port, TRANSACTION, clients=4) as load:
             load.wait_for(200)

@@ -88,7 +88,7 @@ def test_slow_clients(champion: str, chaos: Chaos) -> None:
 
     Memory grows by at most 150 MB. On an idle machine no other request takes more than a second.
     """
-    longer = head(more="Content-Type: application/json\r\nContent-Length: 1000000") + BODY
+    longer = head("/predict/batch", "Content-Type: application/json\r\nContent-Length: 1000000") + BODY
     chunks = (
         STREAM + b"%X\r\n%s\r\n" % (len(LINE) * 100, LINE * 100) * 1000
     )  # more than the kernel keeps of its answers
@@ -224,6 +224,19 @@ def test_large_batches_at_once(alone: Service) -> None:
         thread.join()
     assert {*statuses} <= {413, 503}
     assert alone.memory("VmHWM") - before < 600 * 1024
+
+
+def test_bodies_that_do_not_end(champion: str) -> None:
+    """Of 100 batches of 4 MB that all lack their end, few are in memory at a time, and others are served."""
+    request = head("/predict/batch", "Content-Type: application/json\r\nContent-Length: 4000000") + b" " * 3_900_000
+    with running(champion, web_concurrency="1", slow_seconds="2") as service:
+        before = service.memory("VmHWM")
+        with Slow(service, [(request, 0)] * 100, fast=True) as waiting, Load(service.port, TRANSACTION, 2) as load:
+            load.wait_for(500)
+            wait_until(lambda: waiting.open == 0, "all are closed")
+        assert load.lost == []
+        assert service.memory("VmHWM") - before < 200 * 1024
+        assert {one["status"] for one in service.requests if one["path"] == "/predict/batch"} == {400, 503}
 
 
 def test_silent_connections_take_no_place(champion: str) -> None:
