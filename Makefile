@@ -94,10 +94,10 @@ checkov: install ## check Dockerfile, workflows and manifests against Checkov's 
 		--skip-download --framework kubernetes dockerfile github_actions \
 		--skip-check CKV_GHA_7 # forbids inputs of workflows: release-model's is a version number, and it builds nothing
 
-chaos: install ## test under faults and overload (5 minutes) and write the results into README.md
+chaos: install ## test under faults and overload (7 minutes) and write the results into k8s/README.md
 	$(BIN)/python -m pytest --quiet --capture=sys --chaos 25
 
-bench: install ## compare the speed with other servers (7 minutes, needs wrk) and write the results into README.md
+bench: install ## compare the speed with other servers (8 minutes, needs wrk) and write the results into README.md and bench/results.md
 	@$(WITH_ENV) $(BIN)/python -m bench.bench
 
 bench-models: install ## compare the models with LightGBM and logistic regression (10 minutes) and write the results into README.md

@@ -1,7 +1,8 @@
 """Compares this service with FastAPI + PyFunc, `mlflow models serve` and a bare gunicorn, all in one run.
 
 `make bench` runs it. All servers have the same registered model and share one core; the load comes from another core
-where there is one. Rounds are interleaved, and figures are medians. Results go into README.md and bench/results.png.
+where there is one. Rounds are interleaved, and figures are medians. Results go into README.md (the
+ratios), bench/results.md and bench/results.png.
 """
 
 from config import prepare
@@ -22,7 +23,7 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -301,7 +302,7 @@ RATIOS = [
 
 
 def table(found: dict[tuple[str, ...], float], memory: dict[str, tuple[float, float]], how: str) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown, but for the ratios."""
 
     def cells(*keys: tuple[str, ...]) -> list[str]:
         return [f"{found[key]:,.{2 if key[-1] in ('p50', 'p99') else 0}f}" for key in keys]
@@ -315,7 +316,6 @@ def table(found: dict[tuple[str, ...], float], memory: dict[str, tuple[float, fl
     many[f"stream of {LINES:,} JSON lines, {THIS}"] = (THIS, "stream")
     many["`predict_proba` on a ready array, no server"] = (SKLEARN, "stream")
     tables = {
-        (THIS, "ratio"): [[name, form.format(found[over] / found[under])] for name, form, over, under in RATIOS],
         ("one transaction per request", *(f"{UNITS[figure]}, {number} conn." for number, figure in single)): [
             [name, *cells(*((name, *key) for key in single))] for name in (THIS, QUIET, EXPLAINED, *PEERS)
         ],
@@ -330,10 +330,12 @@ def table(found: dict[tuple[str, ...], float], memory: dict[str, tuple[float, fl
             [name, f"{shared:.3g}", f"{alone:.3g}", f"{shared / alone:.0%}"] for name, shared, alone in workers
         ],
     }
-    lines = [how]
-    for head, rows in tables.items():
-        lines += ["", *("| " + " | ".join(row) + " |" for row in [head, ["---"] + ["--:"] * (len(head) - 1), *rows])]
-    return "\n".join(lines)
+    return "\n\n".join([how, *(markdown(head, rows) for head, rows in tables.items())])
+
+
+def markdown(head: Sequence[str], rows: list[list[str]]) -> str:
+    """A table whose columns but the first are numbers."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] + ["--:"] * (len(head) - 1), *rows])
 
 
 def chart(found: dict[tuple[str, ...], float], file: Path) -> None:
@@ -400,10 +402,12 @@ def main() -> None:
         "fraud-api's scorer takes the values of transactions, the others take an encoded array; all use one thread. "
         "onnxruntime computes in float32."
     )
+    ratios = markdown((THIS, "ratio"), [[name, form.format(found[a] / found[b])] for name, form, a, b in RATIOS])
     text = table(found, memory, how)
-    write_table("bench", text)
+    write_table("bench", ratios)
+    (HERE / "results.md").write_text(f"# What `make bench` measured\n\n{text}\n")
     chart(found, HERE / "results.png")
-    print(text)
+    print(ratios, text, sep="\n\n")
 
 
 if __name__ == "__main__":

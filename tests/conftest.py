@@ -368,5 +368,5 @@ def chaos(request: pytest.FixtureRequest) -> Iterator[Chaos]:
     chaos = Chaos(seconds or 2)
     yield chaos
     if seconds and len(chaos.rows) == TABLE:  # not where a test failed, was left out, or did not come to its end
-        write_table("chaos", chaos.table())
+        write_table("chaos", chaos.table(), "k8s/README.md")
         print(f"\n{chaos.table()}", file=sys.__stderr__)
