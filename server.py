@@ -50,7 +50,7 @@ class Connection(TConn):  # type: ignore[misc]
         self.timeout = time.monotonic() + keepalive
         self.idle = True
         with suppress(OSError):
-            self.sock.recv(1, socket.MSG_PEEK)
+            self.parser.unreader.unread(self.sock.recv(2**13))
         self.idle, self.since, self.moved = False, time.monotonic(), 0.0
 
     def is_late(self, slow_seconds: float, idle_until: float) -> bool:

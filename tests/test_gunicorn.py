@@ -44,7 +44,7 @@ HOLDS = {
         "req": Request,
         "util": util,
     },
-    "Connection": {"self": TConn},
+    "Connection": {"self": TConn, "self.parser": RequestParser, "self.parser.unreader": Unreader},
     "answer_problem": {"req": Request, "util": util},
     "is_probe": {"conn": TConn, "conn.parser": RequestParser, "conn.parser.unreader": Unreader},
     "close_connection": {"current.request": Request},
