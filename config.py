@@ -68,12 +68,12 @@ _folder = _rule("the absolute path of a folder", valid=lambda text: os.path.isab
 _keys = _rule(
     "keys of letters, digits and -._~+/=, each with an optional name and a colon before it, separated by commas",
     f"(?a){KEY}( *, *{KEY})*",
-    lambda text: tuple(("-", *key.split(":"))[-2:] for key in re.split(" *, *", text)),
+    lambda text: tuple((name or "-", key) for name, _, key in (key.rpartition(":") for key in re.split(" *, *", text))),
 )
 
 
 def _variable(parse: Callable[[str], Any], default: str | None = "") -> Any:
-    """A field of `Config`. Without a default it is None where not set; a default of None makes it required."""
+    """A field of `Config`. A default of "" makes it optional: None where it is not set. None makes it required."""
     return field(metadata={"parse": parse, "default": default})
 
 

@@ -40,7 +40,8 @@ SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "
 FIRST_READ, LAST_READ = 2**10, 2**17
 BODIES_AT_A_TIME = 16  # of JSON batches, each of up to MAX_BODY_BYTES
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-# In JSON text: escapes that are valid (kept), or half of a surrogate pair.
+# An escape in JSON text: a valid one (group 1), or half of a surrogate pair. For one of those msgspec refuses a whole
+# batch. As the byte FF it passes `Raw`, and only its row is refused.
 HALF_PAIR = re.compile(rb"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..|(?!u[dD][89a-fA-F]).)|u[dD]...)", re.S)
 # What msgspec raises for broken JSON, broken UTF-8 and endless nesting.
 MALFORMED = (msgspec.DecodeError, ValueError, RecursionError)
@@ -55,6 +56,7 @@ class Process:
     stopping: MutableSequence[int] = field(default_factory=lambda: bytearray(1))  # shared by all processes
     metrics: Metrics = field(default_factory=Metrics)
     log_line: Callable[[dict[str, Any]], None] = lambda line: None
+    write_log: Callable[[], None] = lambda: None  # what log_line has queued
     close_connection: Callable[[], None] = lambda: None  # after the answer
 
 
@@ -139,7 +141,7 @@ def decode(decoder: Callable[[Any], Any], body: bytes | msgspec.Raw) -> Any:
         msgspec.json.decode(body, type=msgspec.Raw)  # to its end: the decoder stops at the first field that is wrong
     except MALFORMED:
         message = ""
-    found = re.search(r"`(?:\$\.)?(\w+)`$", message)
+    found = re.search(r"`(?:\$\.)?(\w+)`$", message)  # "Expected `int` - at `$.hour`", "missing required field `hour`"
     if not message:
         return problem(400, "malformed JSON")
     if not found or found[1] not in RULES:
@@ -183,7 +185,7 @@ def read(stream: Any, size: int) -> bytes:
     try:
         return bytes(stream.read(size))
     except Exception as error:  # what gunicorn's parsers raise has no common type
-        log.debug("broken body: %s", error)
+        log.debug("broken body: %s", type(error).__name__)
         raise falcon.HTTPBadRequest(description="the body is broken or incomplete") from None
 
 
@@ -216,7 +218,7 @@ class Predictor:
 
     def __init__(self, config: Config, model: Model, process: Process) -> None:
         self.model, self.recorder = model, ScoreRecorder(model.metadata.reference, process.metrics)
-        self.log_line, self.log_decisions = process.log_line, config.log_decisions
+        self.process, self.log_decisions = process, config.log_decisions
         self.record_key = (config.record_key or "").encode()
         snapshot = model.snapshot
         self.identity = {
@@ -227,7 +229,8 @@ class Predictor:
 
     def __call__(self, rows: Sequence[Transaction], explain: bool = False) -> list[Prediction]:
         """Score transactions in one call; predictions come in the same order."""
-        columns, explanations = columns_of(rows), cast(Iterable[Any], repeat(UNSET))
+        columns = columns_of(rows)
+        explanations: Iterable[Any] = repeat(UNSET)
         if explain:
             probabilities, explanations = self.model.explain(columns)
         else:
@@ -249,7 +252,7 @@ class Predictor:
         invalid, fraud = len(rows) - len(predictions), sum(prediction.is_fraud for prediction in predictions)
         self.recorder.invalid(invalid)
         if self.log_decisions:
-            self.log(rows, predictions, record)
+            self.log_rows(rows, predictions, record)
         for name, count in (("rows", len(rows)), ("fraud", fraud), ("invalid", invalid)):
             record[name] = record.get(name, 0) + count
         return predictions
@@ -265,14 +268,16 @@ class Predictor:
         }
         return found | {"digest": record_digest(self.record_key, values_of(row))} if self.record_key else found
 
-    def log(self, rows: Sequence[Transaction | Problem], predictions: Sequence[Prediction], record: Any) -> None:
-        """A line for every decision in a batch. Called before the rows are added to the counts in the record."""
+    def log_rows(self, rows: Sequence[Transaction | Problem], predictions: Sequence[Prediction], record: Any) -> None:
+        """Log every decision in a batch and write the lines: a batch is no faster than the reader of the log."""
         head = {"time": datetime.now(UTC), "level": "info", "logger": "decision", "request_id": record["request_id"]}
         head |= {"model_version": record["model_version"], "client": record["client"]}
         following = iter(predictions)
-        for index, row in enumerate(rows, record.get("rows", 0)):
+        first = record.get("rows", 0)  # after the earlier pieces of a stream
+        for index, row in enumerate(rows, first):
             if isinstance(row, Transaction):
-                self.log_line({**head, "index": index, **self.decision(row, next(following))})
+                self.process.log_line({**head, "index": index, **self.decision(row, next(following))})
+        self.process.write_log()
 
     def asked_to_explain(self, req: falcon.Request) -> bool:
         asked = req.get_param("explain", default="false") if req.query_string else "false"
@@ -287,25 +292,30 @@ class Predictor:
 
 
 class Turns:
-    """Lets so many threads work at a time, in the order in which they come (a `threading.Semaphore` keeps no order)."""
+    """Lets `at_a_time` threads work, in the order in which they come (a `threading.Semaphore` keeps no order)."""
 
     def __init__(self, wait_ms: int, at_a_time: int = 1) -> None:
         self.seconds, self.free = wait_ms / 1000, at_a_time
         self.lock, self.waiting = Lock(), deque[Any]()
 
-    def __enter__(self) -> None:
+    def take(self, patient: bool = False) -> "Turns":
+        """Wait for a turn, for the `with` block. Raises `HTTPServiceUnavailable` after `wait_ms`, unless patient."""
         with self.lock:
             if self.free:
                 self.free -= 1
-                return
+                return self
             mine = Lock()
             mine.acquire()
             self.waiting.append(mine)
-        if not mine.acquire(timeout=self.seconds):
+        if not mine.acquire(timeout=-1 if patient else self.seconds):
             with self.lock:
                 if mine in self.waiting:
                     self.waiting.remove(mine)
                     raise falcon.HTTPServiceUnavailable(retry_after=1)
+        return self
+
+    def __enter__(self) -> None:
+        pass
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
@@ -327,7 +337,7 @@ class Predict:
         if isinstance(transaction, Problem):
             send(req, resp, transaction)
             return
-        with self.turns:
+        with self.turns.take():
             [prediction] = self.predictor([transaction], explain)
         req.env[RECORD] |= self.predictor.decision(transaction, prediction)
         resp.data = encode(prediction)
@@ -351,9 +361,9 @@ class PredictBatch:
             answers = self.answer_stream(req.stream, explain, req.env[RECORD])
             resp.content_type, resp.stream = NDJSON, chain([next(answers, b"")], answers)
             return
-        with self.bodies:
+        with self.bodies.take():
             body = read_json(req, self.config.max_body_bytes)
-            with self.turns:
+            with self.turns.take():
                 self.answer_document(body, explain, req, resp)
 
     def answer_document(self, body: bytes, explain: bool, req: falcon.Request, resp: falcon.Response) -> None:
@@ -374,7 +384,7 @@ class PredictBatch:
         started = False
         try:
             for lines in read_lines(stream, self.config.max_line_bytes):
-                with self.turns:
+                with self.turns.take(patient=started):
                     rows = decode_rows(lines, record.get("rows", 0), self.config.max_line_bytes)
                     predictions = iter(self.predictor.predict_rows(rows, explain, record))
                     answers = encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
@@ -473,7 +483,7 @@ class Middleware:
             req.env[RECORD]["client"] = client
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
-        if req.method == "OPTIONS" and resource:
+        if req.method == "OPTIONS" and succeeded:
             resp.set_header("Allow", f"{resp.get_header('Allow')}, OPTIONS")
         has_body = req.content_length or "HTTP_TRANSFER_ENCODING" in req.env
         if self.process.stopping[0] or (has_body and READ not in req.env):

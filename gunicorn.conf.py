@@ -25,28 +25,28 @@ hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection takes a descriptor
 
 import fraud_api  # imports the numeric libraries, which read the environment that `prepare` has made
-import server as processes
 import telemetry
 from model import ModelError, acquire, new_folder
+from server import Supervisor, Worker, announce, close_connection, current, shared_flag
 
 METRICS_BLOCKS = 4096  # a new one for each worker of a new version
 process = fraud_api.process
-process.stopping, process.metrics = processes.shared_flag(), telemetry.Metrics(METRICS_BLOCKS)
-process.close_connection = processes.close_connection
-processes.Worker.settings = settings
+process.stopping, process.metrics = shared_flag(), telemetry.Metrics(METRICS_BLOCKS)
+process.close_connection = close_connection
+Worker.settings = settings
 telemetry.Log.mask, telemetry.Log.metrics = settings.mask, process.metrics
 
 wsgi_app = "fraud_api:get_app()"
 logger_class = telemetry.Log
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.web_concurrency
-worker_class = processes.Worker
+worker_class = Worker
 threads = settings.max_connections
 worker_connections = threads + threads // 2  # gunicorn keeps worker_connections - threads idle connections
 backlog = 2048  # connections that wait to be accepted
 keepalive = 75  # longer than proxies keep idle connections, or they send a request on one that was just closed
-graceful_timeout = max(settings.graceful_timeout - settings.drain_seconds - 1, 1)  # 1 for what comes before and after
-timeout = graceful_timeout + 10  # a worker that finishes its requests gives no sign of life
+graceful_timeout = settings.graceful_timeout - settings.drain_seconds - 1  # 1 for what comes before and after
+timeout = graceful_timeout + 10  # seconds without a sign of life, after which the master kills a worker
 loglevel = settings.log_level
 worker_tmp_dir = settings.memory_dir
 control_socket_disable = True  # it would be a file under $HOME
@@ -65,8 +65,8 @@ def on_starting(server):
             raise
         server.log.critical("cannot serve %s", error)
         sys.exit(1)
-    processes.announce(server.log, "serving", process.snapshot)
-    server.supervisor = processes.Supervisor(server, settings, server.folder)
+    announce(server.log, "serving", process.snapshot)
+    server.supervisor = Supervisor(server, settings, server.folder)
     gc.collect()
     gc.freeze()  # the collector leaves alone what is imported, so that the workers share its memory
 
@@ -99,20 +99,23 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     """Metrics of its own; and a grace period that ends before the master kills it."""
-    if worker.age > server.cfg.workers:  # if the first workers cannot start, the service ends; later ones are replaced
-        server.WORKER_BOOT_ERROR = 1
+    if worker.age > server.cfg.workers:
+        server.WORKER_BOOT_ERROR = 1  # a worker that cannot start ends with this instead of 3, which ends the service
+    signal.alarm(settings.model_load_timeout)  # ends a worker that hangs while it loads
+    worker.log.output.lines.clear()  # the master writes what it had queued
     process.metrics.use(worker.block, int(worker.snapshot.number))
-    process.log_line = worker.log.output.put
+    process.log_line, process.write_log = worker.log.output.put, worker.log.output.drain
     server.cfg.set("graceful_timeout", max(server.cfg.graceful_timeout - 1, 1))
 
 
 def pre_request(worker, request):
     """So that `close_connection` finds it."""
-    processes.current.request = request
+    current.request = request
 
 
 def post_worker_init(worker):
     """The worker has its model."""
+    signal.alarm(0)
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000)  # with the default of 700, collections take 3 % of a stream's time and free nothing

@@ -59,8 +59,8 @@ ROWS_AT_A_TIME = 256  # so that masks and leaf values of a piece stay in the CPU
 # DataFrames are clipped to this: forests convert to float32 and refuse what does not fit.
 LARGEST = 1e30
 
-# Everything that a model in skops format may consist of: how objects are loaded, types and functions.
 SKOPS_PROTOCOL = 2
+# Everything that a model in skops format may consist of: how objects are loaded, types and functions.
 _lines = Path(__file__).with_name("trusted_types.txt").read_text().splitlines()
 TRUSTED_TYPES = {line for line in _lines if line and not line.startswith("#")}
 
@@ -138,8 +138,8 @@ class Reference(msgspec.Struct, frozen=True):
     score_shares: Annotated[tuple[float, ...], Meta(min_length=10, max_length=10)] = (0.1,) * 10
 
     def __post_init__(self) -> None:
-        ranges = [self.ranges.get(name, (1, 0)) for name in NUMBERS]
-        if self.score_deciles != sorted(self.score_deciles) or any(low > high for low, high in ranges):
+        ordered = all(name in self.ranges and self.ranges[name] == tuple(sorted(self.ranges[name])) for name in NUMBERS)
+        if self.score_deciles != sorted(self.score_deciles) or not ordered:
             raise ValueError("expected deciles in order and a range for every number")
 
 
@@ -302,7 +302,8 @@ class LeafMaskScorer(Scorer):
 
     def probabilities(self, masks: Any) -> Floats:
         """The probability of fraud for each row of masks (n × trees) with one bit in each."""
-        found = self.leaves.take(np.bitwise_count(masks - 1) + self.offsets).sum(axis=1)
+        leaves = np.bitwise_count(masks - 1)  # the number of the only bit
+        found = self.leaves.take(leaves + self.offsets).sum(axis=1)
         return found / len(self.offsets) if self.average else np.asarray(expit(found + self.base))
 
     def coalitions(self, columns: Columns, reference: Sequence[Any]) -> Floats:
@@ -321,7 +322,7 @@ class LeafMaskScorer(Scorer):
 
 
 def pieces(columns: Columns, size: int) -> Iterator[Columns]:
-    """The columns of so many rows at a time."""
+    """The columns of `size` rows at a time."""
     return ([values[start : start + size] for values in columns] for start in range(0, len(columns[0]), size))
 
 
@@ -376,9 +377,9 @@ def goes_left(node: dict[str, Any], values: Floats) -> Any:
 def encoding(encoder: Any) -> tuple[dict[str, int], dict[int, Floats], dict[str, int]]:
     """How a fitted ColumnTransformer places the fields in the input of the ensemble.
 
-    Returns the row of each category in the arrays that follow (the last row is an unknown category); the codes of the
-    categories in each column that encodes them; the column of each number. It is seen in what the transformer makes of
-    probes. Raises an exception if the numbers are not passed through.
+    It transforms rows that differ in one field, and looks which columns of the output differ. Returns for each category
+    its row in the tables (one more row is for unknown ones), for each column that encodes the category the codes of all
+    rows, and for each number its column. Raises an exception if the numbers are not passed through.
     """
     others = [step for _, step, of in encoder[0].transformers_ if list(of) != [CATEGORY]]
     if any(step != "passthrough" and getattr(step, "func", step) is not None for step in others):
@@ -511,13 +512,11 @@ def choose_scorer(estimator: Any, golden: Sequence[Golden]) -> Scorer:
     except ValueError as error:
         raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
     try:
-        started = time.perf_counter()
-        masks, seconds = LeafMaskScorer(estimator), time.perf_counter() - started
+        masks = LeafMaskScorer(estimator)
         columns = columns_of([*golden, *_probes([*masks.categories])])
         gap = np.abs(masks(columns) - pipeline(columns)).max()
         if gap <= LEAF_MASK_TOLERANCE:
-            size = sum(table.nbytes for table in masks.tables)
-            log.info("leaf masks of %d trees: %.1f MB, built in %.3f s", len(masks.offsets), size / 2**20, seconds)
+            log.info("leaf masks of %d trees", len(masks.offsets))
             return masks
         log.warning("no leaf masks: they differ from predict_proba by %.3g", gap)
     except Exception as error:  # the pipeline scores every model
@@ -557,7 +556,7 @@ class ModelFetcher:
         os.close(writer)
 
     def result(self, seconds: float = 0) -> Snapshot | None:
-        """The snapshot, or None if there is no answer within so many seconds. Raises `ModelError`."""
+        """The snapshot, or None if there is no answer within `seconds`. Raises `ModelError`."""
         if select.select([self.reader], [], [], seconds)[0]:
             with open(self.reader, "rb", closefd=False) as pipe:
                 answer = pipe.read()
@@ -601,7 +600,8 @@ def _answer(config: Config, folder: Path, seconds: float, served: Snapshot | Non
         answer = f"it takes more than {config.model_memory_mb} MB of memory to load (MODEL_MEMORY_MB)"
     except BaseException as error:
         log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
-        answer = config.mask(str(error).partition("\n")[0] or repr(error))[:1000]
+        text = config.mask(str(error).partition("\n")[0] or repr(error))[:1000]
+        answer = text.encode(errors="replace").decode()  # it may quote half of a surrogate pair
     finally:
         with open(writer, "wb") as pipe:
             pipe.write(msgspec.json.encode(answer))

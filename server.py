@@ -43,7 +43,7 @@ class Connection(TConn):  # type: ignore[misc]
         super().__init__(*args)
         self.data_ready, self.timeout = True, math.inf  # gunicorn shall not wait for data
         self.idle, self.since, self.moved = False, time.monotonic(), 0.0
-        self.last = False  # a health check that the last free thread handles
+        self.probe_only = False  # the last free thread answers one health check
 
     def wait_for_request(self, keepalive: float) -> None:
         """Return when something comes, or the connection is shut down."""
@@ -54,7 +54,7 @@ class Connection(TConn):  # type: ignore[misc]
         self.idle, self.since, self.moved = False, time.monotonic(), 0.0
 
     def is_late(self, slow_seconds: float, idle_until: float) -> bool:
-        """Whether it has been idle for too long, or has moved less than `SLOW_RATE` for so many seconds."""
+        """Whether it has been idle for too long, or has moved less than `SLOW_RATE` for `slow_seconds`."""
         now, since, before = time.monotonic(), self.since, self.moved
         if self.idle:
             return now > min(self.timeout, idle_until)
@@ -87,24 +87,25 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         """In the main thread: watch the connections until a signal comes, then stop."""
-        self.readable, (stopping, writer) = select.poll(), os.pipe()
+        self.readable = select.poll()
+        end, writer = os.pipe()  # `end` is readable when the worker stops
         for listener in self.sockets:
             listener.setblocking(False)
-        for source in (stopping, *self.sockets):
+        for source in (end, *self.sockets):
             self.readable.register(source, select.POLLIN)
-        with self.accepting:
+        with self.accepting:  # until the thread is in `threads`, which it compares with `conns`
             start_thread(self, self.work)
         while self.alive and self.is_parent_alive():
             self.watch(1)
         self.alive: bool = False
-        os.close(writer)  # `stopping` is readable from now on
+        os.close(writer)
         self.stop()
 
     def stop(self) -> None:
         """Accept no more, let requests in progress end, and leave idle connections a while."""
         deadline = time.monotonic() + self.cfg.graceful_timeout
         with self.accepting:
-            for listener in self.sockets:  # if the service goes on, other workers accept what waits
+            for listener in self.sockets:  # serve what waits, if the whole service stops; else other workers do
                 while process.stopping[0] and len(self.conns) < self.cfg.threads and (conn := accept(self, listener)):
                     start_thread(self, self.serve, conn)
                 listener.close()
@@ -117,7 +118,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             thread.join(timeout=1)
 
     def watch(self, seconds: float) -> None:
-        """Close the connections that are late, and wait so long for a signal."""
+        """Close the connections that are late, and wait up to `seconds` for a signal."""
         self.notify()
         for conn in list(self.conns):
             if conn.is_late(self.settings.slow_seconds, self.idle_until):
@@ -136,11 +137,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             while self.alive:
                 self.readable.poll()
                 for conn in filter(None, map(partial(accept, self), self.sockets)):
-                    if len(self.conns) == len(self.threads) < self.cfg.threads:  # no other thread is free
-                        with suppress(RuntimeError):  # the system allows no more
-                            start_thread(self, self.work)
-                    conn.last = len(self.conns) >= len(self.threads)
-                    if not conn.last or is_probe(conn):
+                    conn.probe_only = not another_is_free(self)
+                    if not conn.probe_only or is_probe(conn):
                         return conn
                     answer_problem(self.log, conn.sock, 503)
                     conn.close()
@@ -150,7 +148,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def serve(self, conn: Connection) -> None:
         """Handle the requests of a connection until it is closed."""
         try:
-            while self.handle(conn) and not conn.last:
+            while self.handle(conn) and not conn.probe_only:
                 if more := conn.parser.unreader.take_buffered():  # sent behind the request without waiting
                     conn.parser.unreader.unread(more)
                 else:
@@ -161,9 +159,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.log.exception("a connection failed")
         finally:
             self.keepalived_conns.discard(conn)
-            self.conns.remove(conn)
             with suppress(OSError):  # gunicorn has closed it
-                conn.close(graceful=not conn.last)
+                conn.close(graceful=not conn.probe_only)
+            self.conns.remove(
+                conn
+            )  # after a graceful close, which waits for the client: the thread is free from now on
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         if isinstance(exc, ParseException):
@@ -190,6 +190,14 @@ def start_thread(worker: Worker, target: Callable[..., None], *args: Any) -> Non
     thread = threading.Thread(target=target, args=args, daemon=True)
     thread.start()
     worker.threads.append(thread)
+
+
+def another_is_free(worker: Worker) -> bool:
+    """Whether another thread is free. If none is, one is started, up to MAX_CONNECTIONS of them."""
+    if len(worker.threads) <= len(worker.conns) and len(worker.threads) < worker.cfg.threads:
+        with suppress(RuntimeError):  # the system allows no more
+            start_thread(worker, worker.work)
+    return len(worker.threads) > len(worker.conns)
 
 
 def accept(worker: Worker, listener: Any) -> Connection | None:
@@ -239,9 +247,7 @@ class Supervisor:
 
     def __init__(self, server: Arbiter, settings: Config, folder: Path) -> None:
         self.server, self.settings, self.folder, self.log = server, settings, folder, server.log
-        self.served = cast(
-            Snapshot, process.snapshot
-        )  # what all workers serve, or served before they began to be replaced
+        self.served = cast(Snapshot, process.snapshot)  # by all workers, before a roll if there is one: the way back
         self.poll_at, self.asked = time.monotonic() + (settings.model_poll_seconds or math.inf), False
         self.steps, self.manage_workers = self.supervise(), server.manage_workers
         server.manage_workers, server.handle_hup, server.handle_term = self.step, self.look_now, self.drain
@@ -300,7 +306,8 @@ class Supervisor:
         """One by one, start a worker that serves the new version, and when it is ready let the oldest worker stop."""
         announce(self.log, "proven, replacing workers for", found)
         process.snapshot, workers = found, self.server.WORKERS
-        while any(worker.snapshot is not (wanted := process.snapshot) for worker in workers.values()):
+        while any(worker.snapshot is not process.snapshot for worker in workers.values()):
+            wanted = process.snapshot  # `lost` sets it back if the new worker ends
             self.server.num_workers += 1  # gunicorn starts one more, and below it stops the oldest
             try:
                 while wanted is process.snapshot and not self.all_ready():
@@ -321,7 +328,8 @@ class Supervisor:
         """A worker has ended. A new version that its first worker does not come up with is given up."""
         if len(self.server.WORKERS) < self.server.num_workers and not process.stopping[0]:
             process.metrics.add("worker_restarts")
-        if not worker.ready[0] and worker.snapshot is process.snapshot is not self.served:
+        rolling = process.snapshot is not self.served
+        if rolling and worker.snapshot is process.snapshot and not worker.ready[0]:
             version = cast(Snapshot, worker.snapshot).version
             self.log.error("still serving %s, not %s: no worker for it", self.served.version, version)
             process.metrics.add("failed_reloads")

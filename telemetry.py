@@ -33,10 +33,9 @@ from model import CATEGORY, FIELDS, Columns, Model, Reference
 # Keys of the WSGI environment: what the application adds to the request's log line, and the route.
 RECORD, ROUTE = "fraud_api.record", "fraud_api.route"
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-MOST_LINES = 100_000  # that wait to be written; more are lost
-WRITE_SECONDS = 0.005  # lines of so long a time are written together
-PATIENCE = 100  # pieces that a caller writes where the queue is full
-STALL_SECONDS = 0.1  # without reading anything, after which the reader of the log counts as stalled
+MOST_LINES = 100_000  # lines that wait to be written; more are lost
+WRITE_SECONDS = 0.005  # the writer collects lines for this long
+STALL_SECONDS = 0.1  # a reader of the log that takes nothing for this long has stalled
 
 ROUTES = (
     *("/", "/predict", "/predict/batch", "/health", "/health/live", "/health/ready"),
@@ -173,26 +172,23 @@ class Output(logging.Handler):
 
     def __init__(self, lost: Callable[..., None], mask: Callable[[str], str]) -> None:
         super().__init__()
-        self.lost, self.mask, self.lines, self.turn = lost, mask, deque[bytes](), threading.Lock()
-        self.stalled = False
-        self.wanted: threading.Event | None = None
+        self.lost, self.mask, self.lines, self.writing = lost, mask, deque[bytes](), threading.Lock()
+        self.wanted: threading.Event | None = None  # in a process that writes from a thread
 
     def start(self) -> None:
         """Write from a thread from now on. In a process that forks, each line is written at once instead."""
         self.wanted = threading.Event()
-        threading.Thread(target=self.run, daemon=True).start()
+        threading.Thread(target=self.run, args=[self.wanted], daemon=True).start()
 
-    def run(self) -> None:
-        while self.wanted:
-            self.wanted.wait(timeout=1)  # or look again whether a reader that had stalled goes on
+    def run(self, wanted: threading.Event) -> None:
+        while True:
+            wanted.wait(timeout=1)  # or look again whether a reader that had stalled goes on
             time.sleep(WRITE_SECONDS)
-            self.wanted.clear()
+            wanted.clear()
             self.drain()
 
     def put(self, line: dict[str, Any]) -> None:
-        """Queue a line. Where the queue is full and the reader goes on, the caller writes some lines itself."""
-        if len(self.lines) >= MOST_LINES and not self.stalled:
-            self.drain(PATIENCE)
+        """Queue a line, or lose it if the queue is full."""
         if len(self.lines) < MOST_LINES:
             self.lines.append(msgspec.json.encode(line) + b"\n")
         else:
@@ -202,19 +198,18 @@ class Output(logging.Handler):
         elif not self.wanted.is_set():
             self.wanted.set()
 
-    def drain(self, most: int = sys.maxsize) -> None:
-        """Write what waits, in pieces that a pipe takes whole (pipe(7), PIPE_BUF), as long as it is read."""
+    def drain(self) -> None:
+        """Write what waits, in pieces that a pipe takes whole (pipe(7), PIPE_BUF), until the reader stalls."""
         descriptor = sys.stdout.fileno()
-        with self.turn:
-            while self.lines and most and select([], [descriptor], [], STALL_SECONDS)[1]:
-                text, most = self.lines.popleft(), most - 1
+        with self.writing:
+            while self.lines and select([], [descriptor], [], STALL_SECONDS)[1]:
+                text = self.lines.popleft()
                 while self.lines and len(text) + len(self.lines[0]) <= PIPE_BUF:
                     text += self.lines.popleft()
                 try:
                     os.write(descriptor, text)
                 except OSError:
                     self.lost(by=text.count(b"\n"))
-            self.stalled = bool(self.lines and most)
 
     def emit(self, record: logging.LogRecord) -> None:
         """What is logged about anything but a request."""

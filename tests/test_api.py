@@ -3,13 +3,16 @@
 import base64
 import gzip
 import hashlib
+import io
 import json
 import re
 import subprocess
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
 
+import falcon
 import msgspec
 import numpy as np
 import pytest
@@ -19,8 +22,8 @@ from hypothesis import strategies as st
 from webtest import TestApp
 
 import data
-from conftest import TRANSACTION, client_of, config
-from fraud_api import Process, create_app
+from conftest import LINE, TRANSACTION, client_of, config, wait_until
+from fraud_api import PredictBatch, Predictor, Process, create_app
 from model import Columns, Features, Floats, Model, Scorer, Transaction, columns_of
 
 PROBLEM = "application/problem+json"
@@ -461,7 +464,7 @@ def test_method_not_allowed(app: TestApp) -> None:
 
 def sha256sum(folder: str) -> str:
     """As README says to compute it."""
-    files = "find . -type f ! -name registered_model_meta -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum"
+    files = "find . -type f ! -path ./registered_model_meta -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum"
     return subprocess.check_output(f"{files} | sha256sum", shell=True, cwd=folder, text=True)[:64]
 
 
@@ -863,6 +866,29 @@ def test_head_and_options(app: TestApp, path: str) -> None:
 @pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
 def test_options_of_predict(app: TestApp, path: str) -> None:
     assert app.options(path).headers["Allow"] == app.get(path, expect_errors=True).headers["Allow"] == "POST, OPTIONS"
+
+
+def test_options_without_a_key(locked: TestApp) -> None:
+    answer = locked.options("/predict", expect_errors=True)
+    assert (answer.status_code, "Allow" in answer.headers) == (401, False)
+
+
+def test_a_stream_waits_for_its_turn(model: Model) -> None:
+    """Its first answers may be refused, as any request; a stream that has begun goes on when its turn comes."""
+    patience, process = config(max_wait_ms="10"), Process()
+    resource = PredictBatch(patience, Predictor(patience, model, process), process)
+    answers = resource.answer_stream(io.BytesIO(LINE * 100), False, {})
+    begun, rest = next(answers), list[bytes]()
+    with resource.turns.take():
+        with pytest.raises(falcon.HTTPServiceUnavailable):
+            next(resource.answer_stream(io.BytesIO(LINE * 100), False, {}))
+        thread = threading.Thread(target=lambda: rest.extend(answers))
+        thread.start()
+        wait_until(lambda: resource.turns.waiting, "it waits")
+        with pytest.raises(falcon.HTTPServiceUnavailable):  # longer than MAX_WAIT_MS
+            resource.turns.take()
+    thread.join()
+    assert (begun + b"".join(rest)).count(b'"transaction_id":"tx_12345"') == 100
 
 
 def test_http_1_1_needs_a_host(app: TestApp) -> None:

@@ -2,8 +2,9 @@
 
 import http.client
 import json
+import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 
 import pytest
 
@@ -100,6 +101,17 @@ def test_a_request_without_host(service: Service) -> None:
     with service.connect() as connection:
         connection.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
         assert connection.recv(2**16).split(b"\r\n")[0].endswith(b" 200 OK")
+
+
+def test_clients_that_close_late(champion: str) -> None:
+    """They keep the connection open after their answer. gunicorn waits for them, and others are served at once."""
+    with running(champion, web_concurrency="1") as service, ExitStack() as stack:
+        started = time.monotonic()
+        for _ in range(20):
+            connection = stack.enter_context(service.connect())
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 200 OK")
+        assert time.monotonic() - started < 10  # gunicorn waits 2 s for each
 
 
 @pytest.fixture(scope="module")

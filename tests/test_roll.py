@@ -1,6 +1,7 @@
 """A new version is proven before any worker is touched, takes over one by one, and loses no request."""
 
 import os
+import resource
 import shutil
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from sklearn.pipeline import Pipeline
 
 from chaos import Chaos, Load, Relay
 from conftest import NAME, TRANSACTION, Service, Through, running, wait_until
@@ -31,10 +33,22 @@ def promote(champion: str, second: str) -> Iterator[Callable[[str], None]]:
     client.delete_registered_model_alias(NAME, ALIAS)
 
 
+class Hanging(Pipeline):  # type: ignore[misc]
+    """Loads in the process that proves it, whose memory is bounded, and hangs in a worker."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        limit = f"__import__('resource').getrlimit({resource.RLIMIT_DATA})[0]"
+        wait = f"{limit} == -1 and __import__('time').sleep(3600)"
+        return eval, (f"{wait} or model", {"model": Pipeline(self.steps)})
+
+
 @pytest.fixture(scope="module")
 def pickled(champion: str) -> str:
     """The number of a version of the same model that is a pickle."""
-    estimator = mlflow.sklearn.load_model(f"models:/{NAME}/1")
+    return as_pickle(mlflow.sklearn.load_model(f"models:/{NAME}/1"))
+
+
+def as_pickle(estimator: Pipeline) -> str:
     metadata = mlflow.models.get_model_info(f"models:/{NAME}/1")
     with mlflow.start_run():
         logged = mlflow.sklearn.log_model(
@@ -175,6 +189,19 @@ def test_only_a_signal_changes_the_version(champion: str, second: str, promote: 
         assert service.workers() == workers
         assert service.versions() == files
         assert service.log.count("[ERROR]") == 1  # of the worker that was killed
+
+
+def test_a_version_that_workers_hang_with(champion: str, promote: Callable[[str], None]) -> None:
+    """The worker is ended after MODEL_LOAD_TIMEOUT, and the old version stays."""
+    number = as_pickle(Hanging(mlflow.sklearn.load_model(f"models:/{NAME}/1").steps))
+    options = {"model_allow_unsafe": "true", "model_load_timeout": "15"}
+    with running(champion, model_uri=URI, web_concurrency="1", **options) as service:
+        old = service.workers()
+        promote(number)
+        service.popen.send_signal(signal.SIGHUP)
+        wait_until(lambda: f"still serving v1.2.3, not v{number}: no worker for it" in service.log, "it is given up")
+        assert service.workers() == old
+        assert service.post("/predict", TRANSACTION)["model_version"] == "v1.2.3"
 
 
 def idle(service: Service) -> bool:

@@ -305,7 +305,7 @@ def test_interrupted_start(silent_server: str, tmp_path_factory: pytest.TempPath
     starts = []
     for number in (signal.SIGTERM, signal.SIGHUP):
         memory = tmp_path_factory.mktemp("memory")
-        starts.append((number, memory, Service(silent_server, memory_dir=str(memory))))
+        starts.append((number, memory, Service(silent_server, memory_dir=str(memory), model_load_timeout="600")))
     for number, memory, service in starts:
         wait_until(lambda memory=memory: list(memory.iterdir()), "it has begun to load")
         service.popen.send_signal(number)

@@ -84,10 +84,18 @@ def a_reader_of_files(folder: Path, flavors: dict[str, Any], canary: str) -> Non
 
 def an_old_protocol(folder: Path, flavors: dict[str, Any], canary: str) -> None:
     """skops reads a function's name from another place in files that claim an older protocol."""
-    path = folder / "model.skops"
+    change_schema(folder / "model.skops", {"protocol": 0})
+
+
+def a_name_that_is_no_text(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    """Half of a surrogate pair, which cannot be encoded."""
+    change_schema(folder / "model.skops", {"__class__": "\ud800"})
+
+
+def change_schema(path: Path, changes: dict[str, Any]) -> None:
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    schema = json.loads(files["schema.json"]) | {"protocol": 0}
+    schema = json.loads(files["schema.json"]) | changes
     files["schema.json"] = json.dumps(schema).encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
@@ -146,6 +154,7 @@ def poisoned(champion: str, snapshot: Snapshot, tmp_path: Path) -> Poisoned:
         (a_reader_of_files, "it has numpy.asarray in it; it has sklearn.feature_extraction.text.CountVectorizer in it"),
         (a_method, "it has MethodNode in it"),
         (an_old_protocol, "it has skops protocol 0 in it"),
+        (a_name_that_is_no_text, "it has sklearn.pipeline.? in it"),
         (a_type_asked_for, "skops_trusted_types is ['os.system'], expected none"),
         (
             a_loader_of_its_own,
