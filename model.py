@@ -55,7 +55,7 @@ GOLDEN_TOLERANCE = 1e-6
 LEAF_MASK_TOLERANCE = 1e-9
 MOST_LEAVES = 64  # bits of the largest unsigned integer
 MOST_TABLE_BYTES = 2**26
-ROWS_AT_A_TIME = 256  # so that masks and leaf values of a piece stay in the CPU cache
+LEAVES_AT_A_TIME = 2**17  # rows × trees of a piece, whose arrays of 1 MB stay in the CPU cache
 # DataFrames are clipped to this: forests convert to float32 and refuse what does not fit.
 LARGEST = 1e30
 
@@ -271,6 +271,7 @@ class LeafMaskScorer(Scorer):
             raise ValueError(f"a tree has {most} leaves, more than {MOST_LEAVES}")
         self.leaves = np.array([values + [0.0] * (most - len(values)) for values in leaves]).ravel()
         self.offsets = np.arange(len(trees)) * most
+        self.rows_at_a_time = max(LEAVES_AT_A_TIME // len(trees), len(COALITIONS))
         values = {name: {place: thresholds(trees, place)} for name, place in places.items()} | {CATEGORY: codes}
         kind = np.min_scalar_type(2**most - 1)
         rows = sum(len(next(iter(columns.values()))) for columns in values.values())
@@ -282,7 +283,7 @@ class LeafMaskScorer(Scorer):
         self.cuts = {name: rounded(values[name][place][:-1]).tolist() for name, place in places.items()}
 
     def __call__(self, columns: Columns) -> Floats:
-        parts = pieces(columns, ROWS_AT_A_TIME)
+        parts = pieces(columns, self.rows_at_a_time)
         return np.concatenate([self.probabilities(reduce(np.bitwise_and, self.masks(part))) for part in parts])
 
     def masks(self, columns: Columns) -> list[Any]:
@@ -310,7 +311,7 @@ class LeafMaskScorer(Scorer):
         """Each field's masks are the transaction's or the reference's: all 64 choices, by doubling."""
         others = self.masks([[value] for value in reference])
         found = []
-        for part in pieces(columns, ROWS_AT_A_TIME // len(COALITIONS)):
+        for part in pieces(columns, self.rows_at_a_time // len(COALITIONS)):
             masks = np.empty((len(part[0]), len(COALITIONS), len(self.offsets)), others[0].dtype)
             masks[:, 0] = np.iinfo(masks.dtype).max
             for number, (own, other) in enumerate(zip(self.masks(part), others, strict=True)):
