@@ -15,7 +15,6 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import pandas as pd
-from scipy.stats import entropy
 
 from model import CATEGORY, DTYPES, LARGEST, MONEY, NUMBERS, SIGNATURE, Features, Floats, Reference, Transaction
 
@@ -286,22 +285,6 @@ def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sam
             found = f"{part.labels.sum():,} of {len(part):,} {name} rows are 1"
             raise DataError(f"{LABEL}: {found}: expected at least {FEWEST_IN_PART} of 0 and of 1")
     return *parts, chosen
-
-
-def drift(sample: Sample) -> dict[str, float]:
-    """The population stability index of each field, between the first and the last fifth of the rows.
-
-    It is the sum of both relative entropies; numbers are in tenths of the first fifth.
-    """
-    found, size = {}, len(sample) // 5
-    for name in sample.rows:
-        values = sample.rows[name]
-        if name != CATEGORY:
-            values = np.searchsorted(np.unique(np.quantile(values[:size], np.arange(1, 10) / 10)), values)
-        codes, kinds = pd.factorize(values)
-        before, after = (np.bincount(part, minlength=len(kinds)) + 0.5 for part in (codes[:size], codes[-size:]))
-        found[str(name)] = float(entropy(after, before) + entropy(before, after))
-    return found
 
 
 # -- what travels with a model -----------------------------------------------------------------------------------------
