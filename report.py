@@ -31,8 +31,6 @@ NAMES = {
     "hour": "Hour of the day",
     "day_of_week": "Day of the week (0 is Monday)",
     "user_age": "Age of the user, years",
-    "max_leaf_nodes": "Leaves a tree, at most",
-    "min_samples_leaf": "Transactions a leaf, at least",
     "roc_auc": "ROC AUC",
     "cost": "Cost per 1,000 transactions",
     "cost_of_flagging_nothing": "Cost per 1,000 if nothing is flagged",
@@ -79,7 +77,7 @@ class Scored:
     flagged: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Evidence:
     """All that the gate and the report need to know about a model.
 
@@ -91,22 +89,20 @@ class Evidence:
     sample: Sample
     training: Sample
     held_out: Sample
+    models: dict[str, Scored]
+    rounds: dict[str, pd.DataFrame]
     pipeline: Any
     rules: dict[str, Rule]
     settings: dict[str, Any]
     validated: tuple[Sample, Floats]
-    models: dict[str, Scored]
-    rounds: dict[str, pd.DataFrame]
 
     def measured(self) -> pd.DataFrame:
         """The measures as text, measures × models, with the intervals of the resamples."""
-        return pd.DataFrame({name: _with_interval(rounds) for name, rounds in self.rounds.items()}).rename(readable)
-
-
-def _with_interval(rounds: pd.DataFrame) -> "pd.Series[str]":
-    ends = rounds[1:].quantile(INTERVAL).to_numpy()
-    texts = [map(short, values) for values in (rounds.iloc[0], *ends)]
-    return pd.Series([f"{v} [{low}, {high}]" for v, low, high in zip(*texts, strict=True)], rounds.columns)
+        found = {}
+        for name, rounds in self.rounds.items():
+            low, high = rounds[1:].quantile(INTERVAL).map(short).to_numpy(object)
+            found[name] = rounds.iloc[0].map(short) + " [" + low + ", " + high + "]"
+        return pd.DataFrame(found).rename(readable)
 
 
 def costs_of_missing(sample: Sample, options: Namespace) -> Floats:
