@@ -21,16 +21,10 @@ from sklearn.pipeline import Pipeline
 
 from config import Config
 from data import FEWEST_IN_PART, DataError, Sample, Split
-from model import SIGNATURE, Golden, Metadata, Model, ModelError, Reference, fetch, load, new_folder
+from model import SIGNATURE, TRUSTED_TYPES, Golden, Metadata, Model, ModelError, Reference, fetch, load, new_folder
 from report import CHAMPION, Rule
 
 PREVIOUS = "previous"
-# Types of a HistGradientBoosting pipeline that skops does not trust by default.
-SKOPS_TYPES = [
-    "functools.partial",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-    "sklearn.utils.validation.check_array",
-]
 GOLDEN_ROWS = 8
 EVERY = 5  # seconds between two lines of progress
 
@@ -98,7 +92,7 @@ def register(
         metadata=msgspec.to_builtins(travelling),
         pyfunc_predict_fn="predict_proba",
         serialization_format="skops",
-        skops_trusted_types=SKOPS_TYPES,
+        skops_trusted_types=sorted(TRUSTED_TYPES),
         pip_requirements=mlflow.sklearn.get_default_pip_requirements(include_skops=True),  # guessing them takes seconds
     )
     version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
@@ -167,6 +161,6 @@ def champion_of(
 
 def check_release(options: Namespace) -> None:
     """Raise `ModelError` if another version has this release: predictions name it, so it must be unique."""
-    for version in MlflowClient().search_model_versions(f"name='{options.name}'") if options.release else ():
-        if version.tags.get("release") == options.release:
-            raise ModelError(f"release {options.release} is version {version.version} of {options.name} already")
+    same = f"name='{options.name}' and tags.release='{options.release}'"
+    if options.release and (found := MlflowClient().search_model_versions(same)):
+        raise ModelError(f"release {options.release} is version {found[0].version} of {options.name} already")
