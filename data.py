@@ -116,7 +116,7 @@ def _typed(column: Column, kind: str) -> Column:
 
 
 def _moments(column: Column) -> tuple[Column, bool]:
-    """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether they were dates.
+    """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether nearly all are dates.
 
     Dates without a zone are UTC.
     """
@@ -124,7 +124,8 @@ def _moments(column: Column) -> tuple[Column, bool]:
     if numbers.notna().any() or column.dtype.kind == "b":
         return numbers, False
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
-    return (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds(), True
+    seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    return seconds, bool(moments.notna().mean() > 0.9)
 
 
 def _faults(
@@ -170,16 +171,11 @@ def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[s
     if kinds > MOST_CATEGORIES:
         yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not kinds"
     others = [] if ordered else [str(name) for name in table.columns if name not in RULES]
-    if found := [name for name in others if re.search(TIME_NAME, name) or _dated(table[name].head(1000))]:
+    if found := [name for name in others if re.search(TIME_NAME, name) or _moments(table[name].head(1000))[1]]:
         yield (
             f"WARNING: {', '.join(found)} looks like a time, and --time-column is not given: "
             "rows are held out at random, so figures for later transactions may be far worse than those measured"
         )
-
-
-def _dated(column: Column) -> bool:
-    times, dated = _moments(column)
-    return dated and bool(times.notna().mean() > 0.9)
 
 
 # -- generated ---------------------------------------------------------------------------------------------------------
@@ -308,7 +304,7 @@ def reference(training: Sample, scores: Floats) -> Reference:
     ordinary = numbers.quantile(0.5, interpolation="lower").to_dict() | {CATEGORY: categories.index[0]}
     tenths = np.quantile(scores, np.arange(1, 10) / 10, method="inverted_cdf")
     limits = [midpoint(float(np.nextafter(tenth, 1)), scores) for tenth in tenths]
-    counts = np.bincount(np.searchsorted(limits, scores), minlength=10)
+    counts, _ = np.histogram(scores, [0, *limits, 1])
     return Reference(
         score_deciles=limits,
         score_shares=(counts / len(scores)).tolist(),
