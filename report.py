@@ -213,12 +213,12 @@ def decisions(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).map(short)
 
 
-def share(hits: float, total: float) -> str:
-    """A share in percent with its 95 % interval (Wilson 1927)."""
-    if not total:
+def share(chosen: np.ndarray) -> str:
+    """The share of the true values in percent, with its 95 % interval (Wilson 1927)."""
+    if not len(chosen):
         return "none"
-    low, high = binomtest(int(hits), int(total)).proportion_ci(method="wilson")
-    return f"{100 * hits / total:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
+    low, high = binomtest(int(chosen.sum()), len(chosen)).proportion_ci(method="wilson")
+    return f"{100 * chosen.mean():.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
 
 
 def segments(evidence: Evidence) -> pd.DataFrame:
@@ -233,20 +233,18 @@ def segments(evidence: Evidence) -> pd.DataFrame:
         "New category": np.where(categories.isin(evidence.training.rows[CATEGORY].unique()), "no", "yes"),
     }
     models = {"": evidence.models[NEW], " without age": evidence.models[WITHOUT_AGE]}
-    columns = {"rows": 1, "frauds": fraud, "expected": models[""].probabilities}
-    for name, model in models.items():
-        columns |= {"alerts" + name: model.flagged, "hits" + name: model.flagged & fraud}
-    each = pd.DataFrame(columns, rows.index).astype(float)
-    t = pd.concat({name: each.groupby(values, observed=True).sum() for name, values in groups.items()})
-    found = t[["rows", "frauds", "expected"]].map("{:,.0f}".format)
-    found["alert rate"] = (t["alerts"] / t["rows"]).map("{:.2%}".format)
-    for name in models:
-        alerts, hits = t["alerts" + name], t["hits" + name]
-        found["recall" + name] = list(map(share, hits, t["frauds"]))
-        found["precision" + name] = list(map(share, hits, alerts))
-        found.loc[t["frauds"] < FEWEST, ["recall" + name, "precision" + name]] = "too few"
-        found["false-positive rate" + name] = list(map(share, alerts - hits, t["rows"] - t["frauds"]))
-    return found.drop(columns="precision without age")  # with it the table is wider than a page
+    found = {}
+    for kind, values in groups.items():
+        for segment, at in rows.groupby(values, observed=True).indices.items():
+            new, frauds = models[""], fraud[at].sum()
+            row = {"rows": f"{len(at):,}", "frauds": f"{frauds:,}", "expected": f"{new.probabilities[at].sum():,.0f}"}
+            row["alert rate"] = f"{new.flagged[at].mean():.2%}"
+            row["precision"] = share(fraud[at][new.flagged[at]]) if frauds >= FEWEST else "too few"
+            for name, model in models.items():
+                row["recall" + name] = share(model.flagged[at][fraud[at]]) if frauds >= FEWEST else "too few"
+                row["false-positive rate" + name] = share(model.flagged[at][~fraud[at]])
+            found[kind, segment] = row
+    return pd.DataFrame(found).T
 
 
 def _cut(values: Any, edges: Any) -> Any:
@@ -290,8 +288,7 @@ def drift(sample: Sample) -> "pd.Series[float]":
 # Colours that are visible on white and on black. Text and axes take the colour of the page's text.
 COLORS = {NEW: "#d9480f", CHAMPION: "#2b7fd4", BASELINE: "#7d858c", WITHOUT_AGE: "#2f9e44"}
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "savefig.transparent": True}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-STYLE |= {"axes.prop_cycle": "cycler('color', ['d9480f'])"}
+STYLE |= {"legend.frameon": False}
 
 
 def draw_alerts(axes: Any, evidence: Evidence) -> None:
@@ -333,11 +330,12 @@ def draw_bands(axes: Any, evidence: Evidence) -> None:
 
 
 def draw_effect(axes: Any, evidence: Evidence, name: str) -> None:
-    """Draw the partial dependence (Friedman 2001), of categories for the 15 most common ones."""
+    """Draw the partial dependence (Friedman 2001); for numbers also 50 individual curves (Goldstein et al. 2015)."""
     rows = evidence.held_out.evenly(500).rows.astype(dict.fromkeys(NUMBERS, float))
     rows = rows[rows[CATEGORY].isin(rows[CATEGORY].value_counts().index[:15])]
-    options: Any = {"categorical_features": [CATEGORY], "grid_resolution": 30, "ax": axes}
-    shown = PartialDependenceDisplay.from_estimator(evidence.pipeline, rows, [name], **options)
+    drawn: Any = {"kind": "average" if name == CATEGORY else "both", "categorical_features": [CATEGORY]}
+    drawn |= {"subsample": 50, "random_state": 0, "grid_resolution": 30}
+    shown = PartialDependenceDisplay.from_estimator(evidence.pipeline, rows, [name], ax=axes, **drawn)
     shown.axes_[0, 0].set(xlabel=readable(name), ylabel="probability of fraud", ylim=(0, None))
 
 
