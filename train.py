@@ -19,6 +19,7 @@ from typing import Any
 from config import Config, prepare, without_credentials
 
 NOT_PROMOTED = 3
+SWITCH = {"action": "store_true"}
 
 
 def _number(low: float, high: float = sys.float_info.max, kind: Any = float) -> Callable[[str], Any]:
@@ -36,26 +37,26 @@ def _name(text: str) -> str:
     raise argparse.ArgumentTypeError("expected letters, digits, _ . - and spaces")
 
 
-# name, type or choices (bool: a switch), default, meaning; money is in the currency of the amounts
-OPTIONS: list[tuple[str, Any, Any, str]] = [
-    ("data", str, None, "CSV, CSV.gz or Parquet: the fields of the API and is_fraud; else transactions are generated"),
-    ("rows", _number(1, kind=int), 250_000, "how many to generate"),
-    ("test-size", _number(0.01, 0.9), 0.2, "share of the rows that are held out to measure on"),
-    ("time-column", str, None, "hold out the latest rows by this column, not a random share"),
-    ("in-order", bool, False, "the same, where the rows are in the order of time"),
-    ("seed", _number(0, 2**32 - 1, int), 0, "of generation and search; no other hold-out of a file"),
-    ("trees", _number(1, kind=int), 150, "more take longer to score"),
-    ("budget", _number(1, kind=int), 8, "settings compared by cross-validation: one of each size of tree, then random"),
-    ("decide-by", ["threshold", "expected-cost"], "threshold", "flag by probability, or by probability × amount"),
-    ("cost-missed", _number(0), None, "what a fraud costs that is not flagged; its amount if not given"),
-    ("cost-review", _number(0), 5.0, "what an alert costs"),
-    ("max-alert-rate", _number(0, 1), 1.0, "flag no larger share of the rows"),
-    ("name", _name, "fraud-detector", "registered model"),
-    ("release", _name, None, "tag of the version, such as v1.2.3, that predictions are signed with"),
-    ("promote", ["if-better", "always", "never"], "if-better", "when the version becomes champion"),
-    ("if-missing", bool, False, "do nothing if there is a champion"),
-    ("owner", str, "not named", "who answers for the model"),
-    ("approver", str, "not named", "who approves its use"),
+# name, what argparse makes of it, meaning; money is in the currency of the amounts
+OPTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("data", {}, "CSV, CSV.gz or Parquet: the fields of the API and is_fraud; else transactions are generated"),
+    ("rows", {"type": _number(1, kind=int), "default": 250_000}, "how many to generate"),
+    ("test-size", {"type": _number(0.01, 0.9), "default": 0.2}, "share of the rows that are held out to measure on"),
+    ("time-column", {}, "hold out the latest rows by this column, not a random share"),
+    ("in-order", SWITCH, "the same, where the rows are in the order of time"),
+    ("seed", {"type": _number(0, 2**32 - 1, int), "default": 0}, "of generation and search, not of the hold-out"),
+    ("trees", {"type": _number(1, kind=int), "default": 150}, "more take longer to score"),
+    ("budget", {"type": _number(1, kind=int), "default": 8}, "settings compared: each size of tree, then random ones"),
+    ("decide-by", {"choices": ["threshold", "expected-cost"], "default": "threshold"}, "rule to flag transactions by"),
+    ("cost-missed", {"type": _number(0)}, "what a fraud costs that is not flagged; its amount if not given"),
+    ("cost-review", {"type": _number(0), "default": 5.0}, "what an alert costs"),
+    ("max-alert-rate", {"type": _number(0, 1), "default": 1.0}, "flag no larger share of the rows"),
+    ("name", {"type": _name, "default": "fraud-detector"}, "registered model"),
+    ("release", {"type": _name}, "tag of the version, such as v1.2.3, that predictions are signed with"),
+    ("promote", {"choices": ["if-better", "always", "never"], "default": "if-better"}, "whether it becomes champion"),
+    ("if-missing", SWITCH, "do nothing if there is a champion"),
+    ("owner", {"default": "not named"}, "who answers for the model"),
+    ("approver", {"default": "not named"}, "who approves its use"),
 ]
 
 
@@ -64,12 +65,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = "rollback exchanges the champion and the version before it"
     parser.add_argument("command", nargs="?", choices=["train", "rollback"], default="train", help=commands)
-    for name, kind, default, meaning in OPTIONS:
-        shown: dict[str, Any] = {"help": meaning, "action": "store_true"}
-        if kind is not bool:
-            shown = {"help": f"{meaning} (default %(default)s)" if default is not None else meaning, "default": default}
-            shown |= {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": name.upper()}
-        parser.add_argument(f"--{name}", **shown)
+    for name, kind, meaning in OPTIONS:
+        parser.add_argument(f"--{name}", help=meaning + " (default %(default)s)" * ("default" in kind), **kind)
     found = parser.parse_args(words)
     if found.command == "rollback" and found != parser.parse_args(["rollback", "--name", found.name]):
         parser.error("rollback takes no option but --name")
@@ -339,7 +336,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
         fulfilled = f"{sum(not check.startswith('NOT') for check in checks)} of the gate's {len(checks)} checks passed"
         verdict = f"{'Promoted' if promoted else 'Not promoted'} with --promote {options.promote}: {fulfilled}"
         print(evidence.measured().to_string(), verdict, *checks, sep="\n", flush=True)
-        version = publish(evidence, how, passed, "; ".join([verdict, *checks]))
+        version = publish(evidence, how, passed, [verdict, *checks])
         log_report(evidence, version, verdict, checks)
     versions.as_served(options.name, version, config)
     if promoted:
@@ -347,22 +344,21 @@ def run(options: argparse.Namespace, config: Config) -> int:
     return 0 if promoted or options.promote == "never" else NOT_PROMOTED
 
 
-def publish(evidence: Evidence, how: Split, passed: bool, verdict: str) -> str:
+def publish(evidence: Evidence, how: Split, passed: bool, verdict: list[str]) -> str:
     """Register the version with its metadata, tags and description; return its number."""
     say("registering")
-    options, model, measured = evidence.options, evidence.pipeline, evidence.rounds[NEW].iloc[0].to_dict()
+    options, measured = evidence.options, evidence.rounds[NEW].iloc[0].to_dict()
     reference = data.reference(evidence.training, evidence.models[NEW].probabilities)
-    rule = evidence.rules[options.decide_by]
-    metadata = versions.metadata(model, evidence.held_out.rows, rule, measured, reference)
+    known = {"metrics": measured, "reference": reference}
+    metadata = versions.metadata(evidence.pipeline, evidence.held_out.rows, evidence.rules[options.decide_by], **known)
     tags = {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
     tags |= {name: getattr(options, name) for name in ("promote", "decide_by", "owner", "approver")}
     tags |= {"release": options.release} if options.release else {}
     if options.promote == "always" and not passed:
         user = mlflow.active_run().data.tags.get("mlflow.user")  # type: ignore[union-attr]
-        tags["override"] = f"promoted by {user} against the gate: {verdict}"
+        tags["override"] = f"promoted by {user} against the gate: {'; '.join(verdict)}"
     tags |= {name: f"{value:.6g}" for name, value in measured.items()}
-    lines = [*verdict.split("; "), *(f"{name}: {value}" for name, value in evidence.measured()[NEW].items())]
-    return versions.register(model, metadata, options.name, tags, "  \n".join(lines))
+    return versions.register(evidence.pipeline, metadata, options.name, tags, "  \n".join(verdict))
 
 
 def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]) -> None:
