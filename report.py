@@ -287,8 +287,7 @@ def drift(sample: Sample) -> "pd.Series[float]":
 
 # Colours that are visible on white and on black. Text and axes take the colour of the page's text.
 COLORS = {NEW: "#d9480f", CHAMPION: "#2b7fd4", BASELINE: "#7d858c", WITHOUT_AGE: "#2f9e44"}
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "savefig.transparent": True}
-STYLE |= {"legend.frameon": False}
+STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "savefig.transparent": True, "legend.frameon": False}
 
 
 def draw_alerts(axes: Any, evidence: Evidence) -> None:
@@ -318,15 +317,12 @@ def draw_cost(axes: Any, evidence: Evidence) -> None:
 
 
 def draw_bands(axes: Any, evidence: Evidence) -> None:
-    for shift, name in enumerate(name for name in (CHAMPION, NEW) if name in evidence.models):
-        table = bands(evidence.models[name], evidence.held_out)
-        ratios = table[["low", "actual", "high"]].div(table["expected"], axis=0).to_numpy().T
-        place = np.arange(len(table)) + 0.15 * shift
-        axes.errorbar(place, ratios[1], np.diff(ratios, axis=0), fmt="o", color=COLORS[name], label=name)
+    table = bands(evidence.models[NEW], evidence.held_out)
+    low, actual, high = table[["low", "actual", "high"]].div(table["expected"], axis=0).to_numpy().T
+    names = table.index.str.replace(", ", ",\n")
+    axes.errorbar(names, actual, (actual - low, high - actual), fmt="o", color=COLORS[NEW])
     axes.axhline(1, color=COLORS[BASELINE], linestyle=":")
-    axes.set_xticks(range(len(table)), [name.replace(", ", ",\n") for name in table.index])
     axes.set(ylim=(0, None), ylabel="actual frauds for each expected one")
-    axes.legend()
 
 
 def draw_effect(axes: Any, evidence: Evidence, name: str) -> None:
