@@ -68,7 +68,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     for name, kind, meaning in OPTIONS:
         parser.add_argument(f"--{name}", help=meaning + " (default %(default)s)" * ("default" in kind), **kind)
     found = parser.parse_args(words)
-    if found.command == "rollback" and found != parser.parse_args(["rollback", "--name", found.name]):
+    if found.command == "rollback" and found != parser.parse_args(["rollback", f"--name={found.name}"]):
         parser.error("rollback takes no option but --name")
     if found.time_column and (found.in_order or not found.data):
         parser.error("--time-column: expected with --data and without --in-order")
@@ -309,7 +309,7 @@ def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_o
             given["data_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     packages = ("mlflow", "numpy", "pandas", "scikit-learn", "skops")
     given |= {"python_version": platform.python_version()} | {f"{name}_version": installed(name) for name in packages}
-    mlflow.log_params({name: value for name, value in given.items() if value is not None})
+    mlflow.log_params(given)
 
 
 def run(options: argparse.Namespace, config: Config) -> int:

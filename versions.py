@@ -55,7 +55,6 @@ def use_experiment(name: str, tracking_uri: str) -> None:
     """Log to the experiment `name`; with a local database, keep the artifacts beside it."""
     if tracking_uri.startswith("sqlite:///"):
         database = Path(tracking_uri.removeprefix("sqlite:///")).absolute()
-        database.parent.mkdir(parents=True, exist_ok=True)
         if not database.exists():  # renamed when complete: MLflow cannot use a half-made one
             MlflowClient(f"sqlite:///{database}.new").search_experiments()
             Path(f"{database}.new").rename(database)
