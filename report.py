@@ -3,7 +3,6 @@
 import io
 from argparse import Namespace
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +247,8 @@ def segments(evidence: Evidence) -> pd.DataFrame:
 
 
 def _cut(values: Any, edges: Any) -> Any:
-    names = [f"{a:,.0f} to {b - 1:,.0f}" for a, b in pairwise(edges)]
-    return pd.cut(values, edges, right=False, labels=names)
+    parts = pd.cut(values, edges, right=False)
+    return parts.cat.rename_categories(lambda part: f"{part.left:,.0f} to {part.right - 1:,.0f}")
 
 
 def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame:
