@@ -15,7 +15,6 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import pandas as pd
-from scipy.stats import entropy
 
 from model import CATEGORY, DTYPES, LARGEST, MONEY, NUMBERS, SIGNATURE, Features, Floats, Reference, Transaction
 
@@ -117,7 +116,7 @@ def _typed(column: Column, kind: str) -> Column:
 
 
 def _moments(column: Column) -> tuple[Column, bool]:
-    """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether they were dates.
+    """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether nearly all are dates.
 
     Dates without a zone are UTC.
     """
@@ -125,7 +124,8 @@ def _moments(column: Column) -> tuple[Column, bool]:
     if numbers.notna().any() or column.dtype.kind == "b":
         return numbers, False
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
-    return (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds(), True
+    seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    return seconds, bool(moments.notna().mean() > 0.9)
 
 
 def _faults(
@@ -171,16 +171,11 @@ def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[s
     if kinds > MOST_CATEGORIES:
         yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not kinds"
     others = [] if ordered else [str(name) for name in table.columns if name not in RULES]
-    if found := [name for name in others if re.search(TIME_NAME, name) or _dated(table[name].head(1000))]:
+    if found := [name for name in others if re.search(TIME_NAME, name) or _moments(table[name].head(1000))[1]]:
         yield (
             f"WARNING: {', '.join(found)} looks like a time, and --time-column is not given: "
             "rows are held out at random, so figures for later transactions may be far worse than those measured"
         )
-
-
-def _dated(column: Column) -> bool:
-    times, dated = _moments(column)
-    return dated and bool(times.notna().mean() > 0.9)
 
 
 # -- generated ---------------------------------------------------------------------------------------------------------
@@ -288,22 +283,6 @@ def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sam
     return *parts, chosen
 
 
-def drift(sample: Sample) -> dict[str, float]:
-    """The population stability index of each field, between the first and the last fifth of the rows.
-
-    It is the sum of both relative entropies; numbers are in tenths of the first fifth.
-    """
-    found, size = {}, len(sample) // 5
-    for name in sample.rows:
-        values = sample.rows[name]
-        if name != CATEGORY:
-            values = np.searchsorted(np.unique(np.quantile(values[:size], np.arange(1, 10) / 10)), values)
-        codes, kinds = pd.factorize(values)
-        before, after = (np.bincount(part, minlength=len(kinds)) + 0.5 for part in (codes[:size], codes[-size:]))
-        found[str(name)] = float(entropy(after, before) + entropy(before, after))
-    return found
-
-
 # -- what travels with a model -----------------------------------------------------------------------------------------
 
 
@@ -325,7 +304,7 @@ def reference(training: Sample, scores: Floats) -> Reference:
     ordinary = numbers.quantile(0.5, interpolation="lower").to_dict() | {CATEGORY: categories.index[0]}
     tenths = np.quantile(scores, np.arange(1, 10) / 10, method="inverted_cdf")
     limits = [midpoint(float(np.nextafter(tenth, 1)), scores) for tenth in tenths]
-    counts = np.bincount(np.searchsorted(limits, scores), minlength=10)
+    counts, _ = np.histogram(scores, [0, *limits, 1])
     return Reference(
         score_deciles=limits,
         score_shares=(counts / len(scores)).tolist(),

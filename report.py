@@ -3,21 +3,20 @@
 import io
 from argparse import Namespace
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
-from scipy.stats import binomtest, chi2
+from scipy.stats import binomtest, chi2, entropy
 from sklearn.inspection import PartialDependenceDisplay
 from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, log_loss, roc_auc_score
 
-from data import Sample, drift
+from data import Sample
 from model import CATEGORY, NUMBERS, Floats
 
 NEW, CHAMPION, BASELINE, WITHOUT_AGE = "new version", "champion", "logistic regression", "without age"
@@ -31,8 +30,6 @@ NAMES = {
     "hour": "Hour of the day",
     "day_of_week": "Day of the week (0 is Monday)",
     "user_age": "Age of the user, years",
-    "max_leaf_nodes": "Leaves a tree, at most",
-    "min_samples_leaf": "Transactions a leaf, at least",
     "roc_auc": "ROC AUC",
     "cost": "Cost per 1,000 transactions",
     "cost_of_flagging_nothing": "Cost per 1,000 if nothing is flagged",
@@ -79,7 +76,7 @@ class Scored:
     flagged: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Evidence:
     """All that the gate and the report need to know about a model.
 
@@ -91,22 +88,20 @@ class Evidence:
     sample: Sample
     training: Sample
     held_out: Sample
+    models: dict[str, Scored]
+    rounds: dict[str, pd.DataFrame]
     pipeline: Any
     rules: dict[str, Rule]
     settings: dict[str, Any]
     validated: tuple[Sample, Floats]
-    models: dict[str, Scored]
-    rounds: dict[str, pd.DataFrame]
 
     def measured(self) -> pd.DataFrame:
         """The measures as text, measures × models, with the intervals of the resamples."""
-        return pd.DataFrame({name: _with_interval(rounds) for name, rounds in self.rounds.items()}).rename(readable)
-
-
-def _with_interval(rounds: pd.DataFrame) -> "pd.Series[str]":
-    ends = rounds[1:].quantile(INTERVAL).to_numpy()
-    texts = [map(short, values) for values in (rounds.iloc[0], *ends)]
-    return pd.Series([f"{v} [{low}, {high}]" for v, low, high in zip(*texts, strict=True)], rounds.columns)
+        found = {}
+        for name, rounds in self.rounds.items():
+            low, high = rounds[1:].quantile(INTERVAL).map(short).to_numpy(object)
+            found[name] = rounds.iloc[0].map(short) + " [" + low + ", " + high + "]"
+        return pd.DataFrame(found).rename(readable)
 
 
 def costs_of_missing(sample: Sample, options: Namespace) -> Floats:
@@ -217,12 +212,12 @@ def decisions(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).map(short)
 
 
-def share(hits: float, total: float) -> str:
-    """A share in percent with its 95 % interval (Wilson 1927)."""
-    if not total:
+def share(chosen: np.ndarray) -> str:
+    """The share of the true values in percent, with its 95 % interval (Wilson 1927)."""
+    if not len(chosen):
         return "none"
-    low, high = binomtest(int(hits), int(total)).proportion_ci(method="wilson")
-    return f"{100 * hits / total:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
+    low, high = binomtest(int(chosen.sum()), len(chosen)).proportion_ci(method="wilson")
+    return f"{100 * chosen.mean():.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
 
 
 def segments(evidence: Evidence) -> pd.DataFrame:
@@ -237,25 +232,23 @@ def segments(evidence: Evidence) -> pd.DataFrame:
         "New category": np.where(categories.isin(evidence.training.rows[CATEGORY].unique()), "no", "yes"),
     }
     models = {"": evidence.models[NEW], " without age": evidence.models[WITHOUT_AGE]}
-    columns = {"rows": 1, "frauds": fraud, "expected": models[""].probabilities}
-    for name, model in models.items():
-        columns |= {"alerts" + name: model.flagged, "hits" + name: model.flagged & fraud}
-    each = pd.DataFrame(columns, rows.index).astype(float)
-    t = pd.concat({name: each.groupby(values, observed=True).sum() for name, values in groups.items()})
-    found = t[["rows", "frauds", "expected"]].map("{:,.0f}".format)
-    found["alert rate"] = (t["alerts"] / t["rows"]).map("{:.2%}".format)
-    for name in models:
-        alerts, hits = t["alerts" + name], t["hits" + name]
-        found["recall" + name] = list(map(share, hits, t["frauds"]))
-        found["precision" + name] = list(map(share, hits, alerts))
-        found.loc[t["frauds"] < FEWEST, ["recall" + name, "precision" + name]] = "too few"
-        found["false-positive rate" + name] = list(map(share, alerts - hits, t["rows"] - t["frauds"]))
-    return found.drop(columns="precision without age")  # with it the table is wider than a page
+    found = {}
+    for kind, values in groups.items():
+        for segment, at in rows.groupby(values, observed=True).indices.items():
+            new, frauds = models[""], fraud[at].sum()
+            row = {"rows": f"{len(at):,}", "frauds": f"{frauds:,}", "expected": f"{new.probabilities[at].sum():,.0f}"}
+            row["alert rate"] = f"{new.flagged[at].mean():.2%}"
+            row["precision"] = share(fraud[at][new.flagged[at]]) if frauds >= FEWEST else "too few"
+            for name, model in models.items():
+                row["recall" + name] = share(model.flagged[at][fraud[at]]) if frauds >= FEWEST else "too few"
+                row["false-positive rate" + name] = share(model.flagged[at][~fraud[at]])
+            found[kind, segment] = row
+    return pd.DataFrame(found).T
 
 
 def _cut(values: Any, edges: Any) -> Any:
-    names = [f"{a:,.0f} to {b - 1:,.0f}" for a, b in pairwise(edges)]
-    return pd.cut(values, edges, right=False, labels=names)
+    parts = pd.cut(values, edges, right=False)
+    return parts.cat.rename_categories(lambda part: f"{part.left:,.0f} to {part.right - 1:,.0f}")
 
 
 def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame:
@@ -272,13 +265,28 @@ def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).map(short)
 
 
+def drift(sample: Sample) -> "pd.Series[float]":
+    """The population stability index of each field, between the first and the last fifth of the rows.
+
+    It is the sum of both relative entropies; numbers are in tenths of the first fifth.
+    """
+
+    def index(values: Any) -> float:
+        if values.name != CATEGORY:
+            values = np.searchsorted(np.unique(np.quantile(values[:size], np.arange(1, 10) / 10)), values)
+        codes, kinds = pd.factorize(values)
+        before, after = (np.bincount(part, minlength=len(kinds)) + 0.5 for part in (codes[:size], codes[-size:]))
+        return float(entropy(after, before) + entropy(before, after))
+
+    size = len(sample) // 5
+    return sample.rows.apply(index).rename("population stability index")
+
+
 # -- plots -------------------------------------------------------------------------------------------------------------
 
 # Colours that are visible on white and on black. Text and axes take the colour of the page's text.
 COLORS = {NEW: "#d9480f", CHAMPION: "#2b7fd4", BASELINE: "#7d858c", WITHOUT_AGE: "#2f9e44"}
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "savefig.transparent": True}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-STYLE |= {"axes.prop_cycle": "cycler('color', ['d9480f'])"}
+STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "savefig.transparent": True, "legend.frameon": False}
 
 
 def draw_alerts(axes: Any, evidence: Evidence) -> None:
@@ -307,28 +315,21 @@ def draw_cost(axes: Any, evidence: Evidence) -> None:
     axes.legend()
 
 
-def draw_bands(axes: Any, tables: dict[str, pd.DataFrame]) -> None:
-    for shift, (name, table) in enumerate(tables.items()):
-        each = table[["low", "actual", "high"]].div(table["expected"], axis=0).clip(lower=0.05).to_numpy().T
-        ends = np.diff(each, axis=0).clip(min=0)
-        axes.errorbar(np.arange(len(table)) + 0.15 * shift, each[1], ends, fmt="o", color=COLORS[name], label=name)
+def draw_bands(axes: Any, evidence: Evidence) -> None:
+    table = bands(evidence.models[NEW], evidence.held_out)
+    low, actual, high = table[["low", "actual", "high"]].div(table["expected"], axis=0).to_numpy().T
+    names = table.index.str.replace(", ", ",\n")
+    axes.errorbar(names, actual, (actual - low, high - actual), fmt="o", color=COLORS[NEW])
     axes.axhline(1, color=COLORS[BASELINE], linestyle=":")
-    axes.set_yscale("log")
-    axes.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
-    axes.set_yticks([], minor=True)
-    axes.set_xticks(range(len(table)), [name.replace(", ", ",\n") for name in table.index])
-    axes.set_ylabel("actual frauds for each expected one")
-    axes.legend()
+    axes.set(ylim=(0, None), ylabel="actual frauds for each expected one")
 
 
 def draw_effect(axes: Any, evidence: Evidence, name: str) -> None:
     """Draw the partial dependence (Friedman 2001); for numbers also 50 individual curves (Goldstein et al. 2015)."""
     rows = evidence.held_out.evenly(500).rows.astype(dict.fromkeys(NUMBERS, float))
     rows = rows[rows[CATEGORY].isin(rows[CATEGORY].value_counts().index[:15])]
-    drawn: Any = {"categorical_features": [name]}
-    if name != CATEGORY:
-        drawn = {"kind": "both", "subsample": 50, "random_state": 0, "grid_resolution": 30}
-        drawn |= {"ice_lines_kw": {"color": COLORS[BASELINE]}, "pd_line_kw": {"color": COLORS[NEW], "linestyle": "-"}}
+    drawn: Any = {"kind": "average" if name == CATEGORY else "both", "categorical_features": [CATEGORY]}
+    drawn |= {"subsample": 50, "random_state": 0, "grid_resolution": 30}
     shown = PartialDependenceDisplay.from_estimator(evidence.pipeline, rows, [name], ax=axes, **drawn)
     shown.axes_[0, 0].set(xlabel=readable(name), ylabel="probability of fraud", ylim=(0, None))
 
@@ -353,40 +354,8 @@ def period(sample: Sample) -> str:
     return " to ".join(pd.to_datetime(ends, unit="s").strftime("%Y-%m-%d") if sample.dated else map(str, ends))
 
 
-def stability(evidence: Evidence) -> dict[str, pd.DataFrame]:
-    """Tables by title; none if the rows were not held out by time."""
-    if not evidence.options.by_time:
-        return {}
-    rule = evidence.rules[evidence.options.decide_by]
-    change = pd.DataFrame({"population stability index": drift(evidence.sample)})
-    return {
-        "Training rows, scored by models fitted to earlier ones": by_period(*evidence.validated, rule),
-        "Rows held out": by_period(evidence.held_out, evidence.models[NEW].probabilities, rule),
-        "Change from the first to the last fifth of the rows": change.map(short).rename(readable),
-    }
-
-
 def page(evidence: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
-    """The report: report.html, filled in."""
-    models, held_out = evidence.models, evidence.held_out
-    by_band = {name: bands(models[name], held_out) for name in (CHAMPION, NEW) if name in models}
-    found = {
-        "business": business(evidence.rounds),
-        "alerts": svg(draw_alerts, evidence),
-        "period": period(evidence.sample),
-        "decisions": decisions(evidence),
-        "costs": svg(draw_cost, evidence),
-        "bands": {name: each.map(short) for name, each in by_band.items()},
-        "calibration": svg(draw_bands, by_band),
-        "segments": segments(evidence),
-        "effects": {readable(name): svg(draw_effect, evidence, name) for name in held_out.rows},
-        "stability": stability(evidence),
-        "measured": evidence.measured(),
-        "compared": [*by_band, BASELINE],
-        "made": {readable(name): fact for name, fact in made.items()},
-        "factor": MISCALIBRATED,
-        "fewest": FEWEST,
-    }
-    text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
-    return template.render(found, evidence=evidence, title=title, verdict=verdict, checks=checks)
+    """The report: report.html, which calls the functions of this module."""
+    folder = FileSystemLoader(Path(__file__).parent)
+    template = Environment(loader=folder, autoescape=True, undefined=StrictUndefined).get_template("report.html")
+    return template.render(globals(), evidence=evidence, title=title, verdict=verdict, checks=checks, made=made)

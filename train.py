@@ -19,6 +19,7 @@ from typing import Any
 from config import Config, prepare, without_credentials
 
 NOT_PROMOTED = 3
+SWITCH = {"action": "store_true"}
 
 
 def _number(low: float, high: float = sys.float_info.max, kind: Any = float) -> Callable[[str], Any]:
@@ -36,27 +37,26 @@ def _name(text: str) -> str:
     raise argparse.ArgumentTypeError("expected letters, digits, _ . - and spaces")
 
 
-# name, type or choices (bool: a switch), default, meaning; money is in the currency of the amounts
-OPTIONS: list[tuple[str, Any, Any, str]] = [
-    ("data", str, None, "CSV, CSV.gz or Parquet: the fields of the API and is_fraud; else transactions are generated"),
-    ("rows", _number(1, kind=int), 250_000, "how many to generate"),
-    ("test-size", _number(0.01, 0.9), 0.2, "share of the rows that are held out to measure on"),
-    ("time-column", str, None, "hold out the latest rows by this column, not a random share"),
-    ("in-order", bool, False, "the same, where the rows are in the order of time"),
-    ("seed", _number(0, 2**32 - 1, int), 0, "of generation and search; no other hold-out of a file"),
-    ("trees", _number(1, kind=int), 150, "more take longer to score"),
-    ("budget", _number(1, kind=int), 8, "settings compared by cross-validation: one of each size of tree, then random"),
-    ("decide-by", ["threshold", "expected-cost"], "threshold", "flag by probability, or by probability × amount"),
-    ("cost-missed", _number(0), None, "what a fraud costs that is not flagged; its amount if not given"),
-    ("cost-review", _number(0), 5.0, "what an alert costs"),
-    ("max-alert-rate", _number(0, 1), 1.0, "flag no larger share of the rows"),
-    ("name", _name, "fraud-detector", "registered model"),
-    ("release", _name, None, "tag of the version, such as v1.2.3, that predictions are signed with"),
-    ("promote", ["if-better", "always", "never"], "if-better", "when the version becomes champion"),
-    ("if-missing", bool, False, "do nothing if there is a champion"),
-    ("owner", str, "not named", "who answers for the model"),
-    ("approver", str, "not named", "who approves its use"),
-    ("purpose", str, "rank card transactions for review by people", "what it is for"),
+# name, what argparse makes of it, meaning; money is in the currency of the amounts
+OPTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("data", {}, "CSV, CSV.gz or Parquet: the fields of the API and is_fraud; else transactions are generated"),
+    ("rows", {"type": _number(1, kind=int), "default": 250_000}, "how many to generate"),
+    ("test-size", {"type": _number(0.01, 0.9), "default": 0.2}, "share of the rows that are held out to measure on"),
+    ("time-column", {}, "hold out the latest rows by this column, not a random share"),
+    ("in-order", SWITCH, "the same, where the rows are in the order of time"),
+    ("seed", {"type": _number(0, 2**32 - 1, int), "default": 0}, "of generation and search, not of the hold-out"),
+    ("trees", {"type": _number(1, kind=int), "default": 150}, "more take longer to score"),
+    ("budget", {"type": _number(1, kind=int), "default": 8}, "settings compared: each size of tree, then random ones"),
+    ("decide-by", {"choices": ["threshold", "expected-cost"], "default": "threshold"}, "rule to flag transactions by"),
+    ("cost-missed", {"type": _number(0)}, "what a fraud costs that is not flagged; its amount if not given"),
+    ("cost-review", {"type": _number(0), "default": 5.0}, "what an alert costs"),
+    ("max-alert-rate", {"type": _number(0, 1), "default": 1.0}, "flag no larger share of the rows"),
+    ("name", {"type": _name, "default": "fraud-detector"}, "registered model"),
+    ("release", {"type": _name}, "tag of the version, such as v1.2.3, that predictions are signed with"),
+    ("promote", {"choices": ["if-better", "always", "never"], "default": "if-better"}, "whether it becomes champion"),
+    ("if-missing", SWITCH, "do nothing if there is a champion"),
+    ("owner", {"default": "not named"}, "who answers for the model"),
+    ("approver", {"default": "not named"}, "who approves its use"),
 ]
 
 
@@ -65,15 +65,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = "rollback exchanges the champion and the version before it"
     parser.add_argument("command", nargs="?", choices=["train", "rollback"], default="train", help=commands)
-    for name, kind, default, meaning in OPTIONS:
-        shown: dict[str, Any] = {"help": meaning, "action": "store_true"}
-        if kind is not bool:
-            shown = {"help": f"{meaning} (default %(default)s)" if default is not None else meaning, "default": default}
-            shown |= {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": name.upper()}
-        parser.add_argument(f"--{name}", **shown)
+    for name, kind, meaning in OPTIONS:
+        parser.add_argument(f"--{name}", help=meaning + " (default %(default)s)" * ("default" in kind), **kind)
     found = parser.parse_args(words)
-    given = {name for name, value in vars(found).items() if value != parser.get_default(name)}
-    if found.command == "rollback" and given - {"command", "name"}:
+    if found.command == "rollback" and found != parser.parse_args(["rollback", f"--name={found.name}"]):
         parser.error("rollback takes no option but --name")
     if found.time_column and (found.in_order or not found.data):
         parser.error("--time-column: expected with --data and without --in-order")
@@ -214,9 +209,8 @@ def best_threshold(probabilities: np.ndarray, sample: Sample, options: argparse.
     """The threshold with the lowest cost on these rows among those that flag no more than --max-alert-rate."""
     missed = report.costs_of_missing(sample, options)
     thresholds, costs, alerts = report.cost_curve(probabilities, missed, options.cost_review)
-    allowed = alerts <= options.max_alert_rate * len(sample)
-    allowed[0] = True
-    return float(thresholds[np.argmin(np.where(allowed, costs, np.inf))])
+    most = options.max_alert_rate * len(sample)
+    return float(thresholds[np.argmin(np.where(alerts <= most, costs, np.inf))])
 
 
 def review_cost(probabilities: np.ndarray, sample: Sample, options: argparse.Namespace) -> float:
@@ -257,28 +251,20 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
     """Fit the model and choose its rules; return these parts of `Evidence`, and fitted models to compare with."""
     settings, few, scores = search(training, options)
     say(f"fitting {options.trees} trees to {len(training):,} rows, and what to compare them with")
-    trees, ageless = (pipeline(options.trees, options.seed, settings) for _ in range(2))
-    baseline, part = logistic_regression(), training.evenly(SEARCH_ROWS)
+    part = training.evenly(SEARCH_ROWS)
     jobs = [
-        delayed(trees.fit)(training.rows, training.labels),
-        delayed(ageless.fit)(training.rows.assign(user_age=0), training.labels),
-        delayed(baseline.fit)(part.rows, part.labels),
+        delayed(pipeline(options.trees, options.seed, settings).fit)(training.rows, training.labels),
+        delayed(pipeline(options.trees, options.seed, settings).fit)(training.rows.assign(user_age=0), training.labels),
+        delayed(logistic_regression().fit)(part.rows, part.labels),
     ]
     with still("fitting"):
-        Parallel(-1, require="sharedmem")(jobs)
+        trees, ageless, baseline = Parallel(-1, require="sharedmem")(jobs)
     cheapest = best_threshold(scores, recalibrated(scores, few), options)
     threshold = data.midpoint(cheapest, trees.predict_proba(training.rows)[:, 1])
     by_cost = Rule("review_cost", review_cost(scores, few, options))
     rules = {"threshold": Rule("threshold", threshold), "expected-cost": by_cost}
     found = {"pipeline": trees, "rules": rules, "settings": settings, "validated": (few, scores)}
     return found, {BASELINE: baseline, WITHOUT_AGE: ageless}
-
-
-def scores_of(model: Any, held_out: Sample) -> np.ndarray:
-    """Probabilities for the rows held out; a `Model` computes them as in the service."""
-    if not isinstance(model, Model):
-        return np.asarray(model.predict_proba(held_out.rows)[:, 1])
-    return model.score([Features(*row) for row in held_out.rows.itertuples(index=False, name=None)])
 
 
 def evaluate(
@@ -289,25 +275,24 @@ def evaluate(
     Models without a rule of their own flag as many rows as the new version.
     """
     found, others = fit(training, options)
-    scores = {NEW: scores_of(found["pipeline"], held_out)}
-    models = {NEW: Scored(NEW, scores[NEW], found["rules"][options.decide_by].flags(scores[NEW], held_out))}
+    rule, scores = found["rules"][options.decide_by], found["pipeline"].predict_proba(held_out.rows)[:, 1]
+    models = {NEW: Scored(NEW, scores, rule.flags(scores, held_out))}
     if champion:
-        by = "threshold" if champion.metadata.review_cost is None else "review_cost"
-        rule, scores[CHAMPION] = Rule(by, getattr(champion.metadata, by)), scores_of(champion, held_out)
-        models[CHAMPION] = Scored(CHAMPION, scores[CHAMPION], rule.flags(scores[CHAMPION], held_out))
-    scores = {name: scores_of(model, held_out) for name, model in others.items()}
-    scores |= {} if held_out.truth is None else {"best reachable": held_out.truth}
+        scores = champion.score([Features(*row) for row in held_out.rows.itertuples(index=False, name=None)])
+        limits = [champion.threshold_for(amount) for amount in held_out.rows["amount"]]
+        models[CHAMPION] = Scored(CHAMPION, scores, scores >= limits)
+    compared = {name: model.predict_proba(held_out.rows)[:, 1] for name, model in others.items()}
+    compared |= {} if held_out.truth is None else {"best reachable": held_out.truth}
     rate = models[NEW].flagged.mean()
-    models |= {name: Scored(name, each, each > np.quantile(each, 1 - rate)) for name, each in scores.items()}
+    models |= {name: Scored(name, each, each > np.quantile(each, 1 - rate)) for name, each in compared.items()}
     say(f"measuring on {len(held_out):,} rows held out and {RESAMPLES} resamples of them")
     with still("measuring"):
         rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
-    rows: Any = {"sample": sample, "training": training, "held_out": held_out}
-    return Evidence(options=options, **rows, **found, models=models, rounds=rounds)
+    return Evidence(options, sample, training, held_out, models, rounds, **found)
 
 
-def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_out: Sample) -> dict[str, Any]:
-    """Log options, counts of rows, SHA-256 of the file, package versions and data sets; return them for the report."""
+def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_out: Sample) -> None:
+    """Log options, counts of rows, SHA-256 of the file, package versions and data sets."""
     left_out = {"command", "if_missing", "by_time", "rows" if options.data else "data"}
     given = {name: value for name, value in vars(options).items() if name not in left_out}
     given["cost_missed"] = options.cost_missed if options.cost_missed is not None else "amount"
@@ -325,7 +310,6 @@ def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_o
     packages = ("mlflow", "numpy", "pandas", "scikit-learn", "skops")
     given |= {"python_version": platform.python_version()} | {f"{name}_version": installed(name) for name in packages}
     mlflow.log_params(given)
-    return given
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
@@ -345,53 +329,47 @@ def run(options: argparse.Namespace, config: Config) -> int:
     for line in (*sample.notes, f"{len(sample):,} transactions, {sample.labels.sum():,} of them fraud"):
         say(line)
     with mlflow.start_run():
-        given = log_inputs(options, how, training, held_out)
+        log_inputs(options, how, training, held_out)
         evidence = evaluate(options, sample, training, held_out, champion)
         passed, checks = gate(evidence, number)
         promoted = options.promote == "always" or (options.promote == "if-better" and passed)
         fulfilled = f"{sum(not check.startswith('NOT') for check in checks)} of the gate's {len(checks)} checks passed"
         verdict = f"{'Promoted' if promoted else 'Not promoted'} with --promote {options.promote}: {fulfilled}"
         print(evidence.measured().to_string(), verdict, *checks, sep="\n", flush=True)
-        version = publish(evidence, how, passed, "; ".join([verdict, *checks]))
-        log_report(evidence, version, verdict, checks, given)
+        version = publish(evidence, how, passed, [verdict, *checks])
+        log_report(evidence, version, verdict, checks)
     versions.as_served(options.name, version, config)
     if promoted:
         versions.promote(options.name, version, number)
-        return 0
-    return 0 if options.promote == "never" else NOT_PROMOTED
+    return 0 if promoted or options.promote == "never" else NOT_PROMOTED
 
 
-def publish(evidence: Evidence, how: Split, passed: bool, verdict: str) -> str:
+def publish(evidence: Evidence, how: Split, passed: bool, verdict: list[str]) -> str:
     """Register the version with its metadata, tags and description; return its number."""
     say("registering")
-    options, model, measured = evidence.options, evidence.pipeline, evidence.rounds[NEW].iloc[0].to_dict()
+    options, measured = evidence.options, evidence.rounds[NEW].iloc[0].to_dict()
     reference = data.reference(evidence.training, evidence.models[NEW].probabilities)
-    rule = evidence.rules[options.decide_by]
-    metadata = versions.metadata(model, evidence.held_out.rows, rule, measured, reference)
+    known = {"metrics": measured, "reference": reference}
+    metadata = versions.metadata(evidence.pipeline, evidence.held_out.rows, evidence.rules[options.decide_by], **known)
     tags = {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
-    for name in ("release", "promote", "decide_by", "owner", "approver"):
-        if value := getattr(options, name):
-            tags[name] = value
+    tags |= {name: getattr(options, name) for name in ("promote", "decide_by", "owner", "approver")}
+    tags |= {"release": options.release} if options.release else {}
     if options.promote == "always" and not passed:
         user = mlflow.active_run().data.tags.get("mlflow.user")  # type: ignore[union-attr]
-        tags["override"] = f"promoted by {user} against the gate: {verdict}"
+        tags["override"] = f"promoted by {user} against the gate: {'; '.join(verdict)}"
     tags |= {name: f"{value:.6g}" for name, value in measured.items()}
-    lines = [*verdict.split("; "), *(f"{name}: {value}" for name, value in evidence.measured()[NEW].items())]
-    return versions.register(model, metadata, options.name, tags, "  \n".join(lines))
+    return versions.register(evidence.pipeline, metadata, options.name, tags, "  \n".join(verdict))
 
 
-def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str], given: dict[str, Any]) -> None:
-    """Log measures, settings and the report."""
+def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]) -> None:
+    """Log measures, settings and the report, which shows all parameters of the run."""
     say("drawing and logging the report")
     for name, rounds in evidence.rounds.items():
         suffix = "" if name == NEW else "_" + name.replace(" ", "_")
         mlflow.log_metrics({measure + suffix: float(value) for measure, value in rounds.iloc[0].items()})
-    limits = {rule.by: rule.limit for rule in evidence.rules.values()}
-    mlflow.log_params(evidence.settings | limits)
-    run, server = mlflow.active_run().info, without_credentials(mlflow.get_tracking_uri())  # type: ignore[union-attr]
-    page = f"{server}/#/experiments/{run.experiment_id}/runs/" if server.startswith("http") else ""
-    made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": page + run.run_id}
-    made |= evidence.settings | limits | {name: value for name, value in given.items() if value is not None}
+    mlflow.log_params(evidence.settings | {rule.by: rule.limit for rule in evidence.rules.values()})
+    run = mlflow.active_run().info.run_id  # type: ignore[union-attr]
+    made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": run} | mlflow.get_run(run).data.params
     title = f"{evidence.options.name} version {version}, {time.strftime('%Y-%m-%d')}"
     mlflow.log_text(report.page(evidence, title, verdict, checks, made), "report.html")
     say(f"report: {without_credentials(mlflow.get_artifact_uri())}/report.html")

@@ -21,16 +21,10 @@ from sklearn.pipeline import Pipeline
 
 from config import Config
 from data import FEWEST_IN_PART, DataError, Sample, Split
-from model import SIGNATURE, Golden, Metadata, Model, ModelError, Reference, fetch, load, new_folder
+from model import SIGNATURE, TRUSTED_TYPES, Golden, Metadata, Model, ModelError, fetch, load, new_folder
 from report import CHAMPION, Rule
 
 PREVIOUS = "previous"
-# Types of a HistGradientBoosting pipeline that skops does not trust by default.
-SKOPS_TYPES = [
-    "functools.partial",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-    "sklearn.utils.validation.check_array",
-]
 GOLDEN_ROWS = 8
 EVERY = 5  # seconds between two lines of progress
 
@@ -61,13 +55,11 @@ def use_experiment(name: str, tracking_uri: str) -> None:
     """Log to the experiment `name`; with a local database, keep the artifacts beside it."""
     if tracking_uri.startswith("sqlite:///"):
         database = Path(tracking_uri.removeprefix("sqlite:///")).absolute()
-        folder = database.parent
-        folder.mkdir(parents=True, exist_ok=True)
         if not database.exists():  # renamed when complete: MLflow cannot use a half-made one
             MlflowClient(f"sqlite:///{database}.new").search_experiments()
             Path(f"{database}.new").rename(database)
         if mlflow.get_experiment_by_name(name) is None:
-            mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
+            mlflow.create_experiment(name, artifact_location=database.with_name("artifacts").as_uri())
     mlflow.set_experiment(name)
 
 
@@ -77,14 +69,12 @@ def aliases(name: str) -> dict[str, str]:
     return {alias: str(number) for model in found for alias, number in model.aliases.items()}
 
 
-def metadata(
-    model: Pipeline, rows: pd.DataFrame, rule: Rule | float, measured: Any = None, numbers: Reference | None = None
-) -> Metadata:
+def metadata(model: Pipeline, rows: pd.DataFrame, rule: Rule | float, **others: Any) -> Metadata:
     """The metadata of a version. The golden rows are spread from the lowest to the highest score."""
     rule, scores = rule if isinstance(rule, Rule) else Rule("threshold", rule), model.predict_proba(rows)[:, 1]
     chosen = np.argsort(scores)[np.linspace(0, len(scores) - 1, GOLDEN_ROWS).astype(int)]
     golden = [Golden(**rows.iloc[index].to_dict(), fraud_probability=float(scores[index])) for index in chosen]
-    return Metadata(**{rule.by: rule.limit}, golden=golden, metrics=measured or {}, reference=numbers)
+    return Metadata(golden, **others | {rule.by: rule.limit})
 
 
 def register(
@@ -98,7 +88,7 @@ def register(
         metadata=msgspec.to_builtins(travelling),
         pyfunc_predict_fn="predict_proba",
         serialization_format="skops",
-        skops_trusted_types=SKOPS_TYPES,
+        skops_trusted_types=sorted(TRUSTED_TYPES),
         pip_requirements=mlflow.sklearn.get_default_pip_requirements(include_skops=True),  # guessing them takes seconds
     )
     version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
@@ -167,6 +157,6 @@ def champion_of(
 
 def check_release(options: Namespace) -> None:
     """Raise `ModelError` if another version has this release: predictions name it, so it must be unique."""
-    for version in MlflowClient().search_model_versions(f"name='{options.name}'") if options.release else ():
-        if version.tags.get("release") == options.release:
-            raise ModelError(f"release {options.release} is version {version.version} of {options.name} already")
+    same = f"name='{options.name}' and tags.release='{options.release}'"
+    if options.release and (found := MlflowClient().search_model_versions(same)):
+        raise ModelError(f"release {options.release} is version {found[0].version} of {options.name} already")

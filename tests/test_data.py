@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import data
-from data import RULES, DataError, Sample, Split, drift, generate, midpoint, read, reference, split
+from data import RULES, DataError, Sample, Split, generate, midpoint, read, reference, split
 from model import CATEGORY
 
 SAMPLE = generate(12_000, seed=4)
@@ -303,16 +303,6 @@ def test_a_part_without_fraud() -> None:
         DataError, match=r"^is_fraud: 0 of 2,400 hold-out rows are 1: expected at least 10 of 0 and of 1$"
     ):
         split(ordered, 0.2, in_order=True)
-
-
-def test_drift() -> None:
-    """Item 7: the stability index of a field that stays is next to 0, of one that moves it is large."""
-    rows = SAMPLE.rows.copy()
-    rows.loc[9600:, "amount"] *= 3
-    rows.loc[9600:, CATEGORY] = "new"
-    found = drift(Sample(rows, SAMPLE.labels))
-    assert {name for name, index in found.items() if index > 0.25} == {"amount", CATEGORY}
-    assert max(index for name, index in found.items() if name not in ("amount", CATEGORY)) < 0.02
 
 
 # -- what travels with a model -----------------------------------------------------------------------------------------

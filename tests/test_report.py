@@ -317,6 +317,16 @@ def test_fifths_where_there_are_no_dates() -> None:
     assert {*found["rows"]} == {"2,400"}
 
 
+def test_drift() -> None:
+    """Item 7: the stability index of a field that stays is next to 0, of one that moves it is large."""
+    rows = SAMPLE.rows.copy()
+    rows.loc[9600:, "amount"] *= 3
+    rows.loc[9600:, CATEGORY] = "new"
+    found = report.drift(Sample(rows, SAMPLE.labels))
+    assert {name for name, index in found.items() if index > 0.25} == {"amount", CATEGORY}
+    assert max(index for name, index in found.items() if name not in ("amount", CATEGORY)) < 0.02
+
+
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
 
