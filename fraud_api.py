@@ -169,7 +169,7 @@ def decode_row(row: Any, index: int, longest: int) -> Transaction | Problem:
 def read_json(req: falcon.Request, max_bytes: int) -> bytes:
     """The body, of which no more than `max_bytes` + 1 are read, whatever its length is said to be."""
     if media_type(req) != JSON:
-        raise falcon.HTTPUnsupportedMediaType(description=f"expected {JSON}")
+        raise falcon.HTTPUnsupportedMediaType(description=f"expected {JSON} (or, for a stream of rows, {NDJSON})")
     if (req.content_length or 0) <= max_bytes:
         body = read(req.stream, max_bytes + 1)
         if req.content_length not in (None, len(body)):

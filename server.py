@@ -33,7 +33,9 @@ from model import ModelError, ModelFetcher, Snapshot
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
-current = threading.local()  # `request`: the one that this thread handles
+# Of this thread: the `request` that it handles, and whether part of one may be `unread`. Then gunicorn waits up to 2 s
+# for the client to close: a connection closed with something unread is reset, and the client may lose the answer.
+current = threading.local()
 
 
 class Connection(TConn):  # type: ignore[misc]
@@ -89,8 +91,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """In the main thread: watch the connections until a signal comes, then stop."""
         self.readable = select.poll()
         end, writer = os.pipe()  # `end` is readable when the worker stops
-        for listener in self.sockets:
-            listener.setblocking(False)
         for source in (end, *self.sockets):
             self.readable.register(source, select.POLLIN)
         with self.accepting:  # until the thread is in `threads`, which it compares with `conns`
@@ -147,6 +147,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def serve(self, conn: Connection) -> None:
         """Handle the requests of a connection until it is closed."""
+        current.unread = False
         try:
             while self.handle(conn) and not conn.probe_only:
                 if more := conn.parser.unreader.take_buffered():  # sent behind the request without waiting
@@ -160,7 +161,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         finally:
             self.keepalived_conns.discard(conn)
             with suppress(OSError):  # gunicorn has closed it
-                conn.close(graceful=not conn.probe_only)
+                conn.close(graceful=current.unread and not conn.probe_only)
             self.conns.remove(
                 conn
             )  # after a graceful close, which waits for the client: the thread is free from now on
@@ -174,6 +175,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
 def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: Any = None) -> None:
     """Answer overload, or what is not HTTP, with a problem that does not echo what was sent."""
+    current.unread = True
     request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
     asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
     log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, status)
@@ -238,8 +240,9 @@ def shared_flag() -> mmap.mmap:
 
 
 def close_connection() -> None:
-    """Close the connection of this thread's request after the answer."""
+    """Close the connection of this thread's request after the answer. Its body may not have been read to the end."""
     current.request.force_close()
+    current.unread = True
 
 
 class Supervisor:

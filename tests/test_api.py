@@ -351,7 +351,7 @@ def test_other_content_types(app: TestApp, content_type: str) -> None:
         "request_id": "r-1",
         "title": "Unsupported Media Type",
         "status": 415,
-        "detail": "expected application/json",
+        "detail": "expected application/json (or, for a stream of rows, application/x-ndjson)",
     }
 
 
