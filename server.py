@@ -162,11 +162,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.keepalived_conns.discard(conn)
             with suppress(OSError):  # gunicorn has closed it
                 conn.close(graceful=current.unread and not conn.probe_only)
-            self.conns.remove(
-                conn
-            )  # after a graceful close, which waits for the client: the thread is free from now on
+            # Not before: gunicorn may have waited for the client in `close`, and the thread was not free.
+            self.conns.remove(conn)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
+        current.unread = True
         if isinstance(exc, ParseException):
             answer_problem(self.log, client, 400, req)
         else:
@@ -175,7 +175,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
 def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: Any = None) -> None:
     """Answer overload, or what is not HTTP, with a problem that does not echo what was sent."""
-    current.unread = True
     request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
     asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
     log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, status)

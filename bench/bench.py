@@ -1,8 +1,8 @@
 """Compares this service with FastAPI + PyFunc, `mlflow models serve` and a bare gunicorn, all in one run.
 
 `make bench` runs it. All servers have the same registered model and share one core; the load comes from another core
-where there is one. Rounds are interleaved, and figures are medians. Results go into README.md (the
-ratios), bench/results.md and bench/results.png.
+where there is one. Rounds are interleaved, and figures are medians. Ratios go into README.md, all figures into
+bench/results.md and bench/results.png.
 """
 
 from config import prepare
