@@ -2,8 +2,8 @@
 
     spark-submit bulk.py --input s3a://lake/transactions --output s3a://lake/scores --model models:/fraud-detector/7
 
-The driver resolves --model (a number or an alias) to one version and proves it before it reads the table. Each Python
-worker of the executors fetches and proves the same files once, and turns Arrow batches of transactions into Arrow
+The driver resolves --model (a number or an alias) to one version and verifies it before it reads the table. Each Python
+worker of the executors fetches and verifies the same files once, and turns Arrow batches of transactions into Arrow
 batches of scores. The job prints its counts as JSON, or ends before it writes, with one sentence and status 1.
 """
 
@@ -38,7 +38,7 @@ LARGEST = float(np.finfo(np.float64).max)
 
 @cache
 def loaded(config: Config, name: str, number: str, release: str | None) -> Model:
-    """The version that the driver has proven, fetched and proven once in this process. Raises `ModelError`."""
+    """The version that the driver has verified, fetched and verified once in this process. Raises `ModelError`."""
     os.environ["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_REGISTRY_URI"] = config.mlflow_tracking_uri
     with TemporaryDirectory(prefix="fraud-bulk-", dir=config.memory_dir) as folder:
         return load(fetch(config, Path(folder, "model"), name, number, release), config)

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -24,8 +24,8 @@ from msgspec import UNSET, UnsetType
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from config import Config
-from model import Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, load, record_digest, values_of
-from telemetry import RECORD, ROUTE, Metrics, ScoreRecorder
+from model import Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, load, row_digest, values_of
+from telemetry import LOG_FIELDS, ROUTE, Metrics, ScoreCounter
 
 log = logging.getLogger("gunicorn.error")
 
@@ -217,7 +217,7 @@ class Predictor:
     """Turns transactions into predictions, and counts them."""
 
     def __init__(self, config: Config, model: Model, process: Process) -> None:
-        self.model, self.recorder = model, ScoreRecorder(model.metadata.reference, process.metrics)
+        self.model, self.counter = model, ScoreCounter(model.metadata.reference, process.metrics)
         self.process, self.log_decisions = process, config.log_decisions
         self.record_key = (config.record_key or "").encode()
         snapshot = model.snapshot
@@ -242,23 +242,23 @@ class Predictor:
             Prediction(row.transaction_id, p >= threshold, p, p if p > 0.5 else 1 - p, version, now, explanation)
             for row, p, threshold, explanation in zip(rows, scores, thresholds, explanations, strict=False)
         ]
-        self.recorder.record(columns, scores, sum(prediction.is_fraud for prediction in predictions))
+        self.counter.count(columns, scores, sum(prediction.is_fraud for prediction in predictions))
         return predictions
 
-    def predict_rows(self, rows: Sequence[Transaction | Problem], explain: bool, record: dict[str, Any]) -> Any:
-        """Predictions for the transactions among the rows of a batch, in order; its counts go into the record."""
+    def predict_rows(self, rows: Sequence[Transaction | Problem], explain: bool, logged: dict[str, Any]) -> Any:
+        """Predictions for the transactions among the rows of a batch, in order; its counts are logged."""
         transactions = [row for row in rows if isinstance(row, Transaction)]
         predictions = self(transactions, explain) if transactions else []
         invalid, fraud = len(rows) - len(predictions), sum(prediction.is_fraud for prediction in predictions)
-        self.recorder.invalid(invalid)
+        self.counter.count_invalid(invalid)
         if self.log_decisions:
-            self.log_rows(rows, predictions, record)
+            self.log_rows(rows, predictions, logged)
         for name, count in (("rows", len(rows)), ("fraud", fraud), ("invalid", invalid)):
-            record[name] = record.get(name, 0) + count
+            logged[name] = logged.get(name, 0) + count
         return predictions
 
     def decision(self, row: Transaction, prediction: Prediction) -> dict[str, Any]:
-        """What goes on record: enough to find the decision and to compute it again from the same transaction."""
+        """What is logged of a decision: enough to find it, and to compute it again from the same transaction."""
         found = {
             "transaction_id": prediction.transaction_id,
             "is_fraud": prediction.is_fraud,
@@ -266,14 +266,14 @@ class Predictor:
             "threshold": self.model.threshold_for(row.amount),
             **self.identity,
         }
-        return found | {"digest": record_digest(self.record_key, values_of(row))} if self.record_key else found
+        return found | {"digest": row_digest(self.record_key, values_of(row))} if self.record_key else found
 
-    def log_rows(self, rows: Sequence[Transaction | Problem], predictions: Sequence[Prediction], record: Any) -> None:
+    def log_rows(self, rows: Sequence[Transaction | Problem], predictions: Sequence[Prediction], logged: Any) -> None:
         """Log every decision in a batch and write the lines: a batch is no faster than the reader of the log."""
-        head = {"time": datetime.now(UTC), "level": "info", "logger": "decision", "request_id": record["request_id"]}
-        head |= {"model_version": record["model_version"], "client": record["client"]}
+        head = {"time": datetime.now(UTC), "level": "info", "logger": "decision", "request_id": logged["request_id"]}
+        head |= {"model_version": logged["model_version"], "client": logged["client"]}
         following = iter(predictions)
-        first = record.get("rows", 0)  # after the earlier pieces of a stream
+        first = logged.get("rows", 0)  # after the earlier pieces of a stream
         for index, row in enumerate(rows, first):
             if isinstance(row, Transaction):
                 self.process.log_line({**head, "index": index, **self.decision(row, next(following))})
@@ -298,31 +298,29 @@ class Turns:
         self.seconds, self.free = wait_ms / 1000, at_a_time
         self.lock, self.waiting = Lock(), deque[Any]()
 
-    def take(self, patient: bool = False) -> "Turns":
-        """Wait for a turn, for the `with` block. Raises `HTTPServiceUnavailable` after `wait_ms`, unless patient."""
+    @contextmanager
+    def take(self, patient: bool = False) -> Iterator[None]:
+        """Wait for a turn. Raises `HTTPServiceUnavailable` after `wait_ms`, unless patient."""
+        mine = Lock()
         with self.lock:
             if self.free:
                 self.free -= 1
-                return self
-            mine = Lock()
-            mine.acquire()
-            self.waiting.append(mine)
+            else:
+                mine.acquire()
+                self.waiting.append(mine)
         if not mine.acquire(timeout=-1 if patient else self.seconds):
             with self.lock:
                 if mine in self.waiting:
                     self.waiting.remove(mine)
                     raise falcon.HTTPServiceUnavailable(retry_after=1)
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            if self.waiting:
-                self.waiting.popleft().release()
-            else:
-                self.free += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                if self.waiting:
+                    self.waiting.popleft().release()
+                else:
+                    self.free += 1
 
 
 class Predict:
@@ -339,7 +337,7 @@ class Predict:
             return
         with self.turns.take():
             [prediction] = self.predictor([transaction], explain)
-        req.env[RECORD] |= self.predictor.decision(transaction, prediction)
+        req.env[LOG_FIELDS] |= self.predictor.decision(transaction, prediction)
         resp.data = encode(prediction)
 
 
@@ -358,7 +356,7 @@ class PredictBatch:
         explain = self.predictor.asked_to_explain(req)
         if media_type(req) == NDJSON:
             req.env[READ] = True
-            answers = self.answer_stream(req.stream, explain, req.env[RECORD])
+            answers = self.answer_stream(req.stream, explain, req.env[LOG_FIELDS])
             resp.content_type, resp.stream = NDJSON, chain([next(answers, b"")], answers)
             return
         with self.bodies.take():
@@ -376,17 +374,17 @@ class PredictBatch:
             send(req, resp, problem(413, f"more than {self.config.max_batch_size} transactions"))
         else:
             rows = decode_rows(batch.transactions)
-            predictions = self.predictor.predict_rows(rows, explain, req.env[RECORD])
+            predictions = self.predictor.predict_rows(rows, explain, req.env[LOG_FIELDS])
             resp.data = encode(Predictions(predictions, [row for row in rows if isinstance(row, Problem)]))
 
-    def answer_stream(self, stream: Any, explain: bool, record: dict[str, Any]) -> Iterator[bytes]:
+    def answer_stream(self, stream: Any, explain: bool, logged: dict[str, Any]) -> Iterator[bytes]:
         """JSON lines in, as they come; for each a line out, a prediction or a problem, in order, in constant memory."""
         started = False
         try:
             for lines in read_lines(stream, self.config.max_line_bytes):
                 with self.turns.take(patient=started):
-                    rows = decode_rows(lines, record.get("rows", 0), self.config.max_line_bytes)
-                    predictions = iter(self.predictor.predict_rows(rows, explain, record))
+                    rows = decode_rows(lines, logged.get("rows", 0), self.config.max_line_bytes)
+                    predictions = iter(self.predictor.predict_rows(rows, explain, logged))
                     answers = encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
                 if answers:
                     started = True
@@ -395,9 +393,9 @@ class PredictBatch:
             self.process.close_connection()
             if not started:  # it is answered as any other
                 raise
-            record["detail"] = "the stream was cut off"
+            logged["detail"] = "the stream was cut off"
             if not isinstance(error, (falcon.HTTPError, OSError)):
-                report(record, error)
+                report(logged, error)
             raise ConnectionResetError(errno.ECONNRESET, "the stream failed") from None  # gunicorn closes it quietly
 
 
@@ -466,8 +464,8 @@ class Middleware:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         environ = req.env
-        record_of(environ)["model_version"] = self.version
-        resp.set_header("X-Request-ID", environ[RECORD]["request_id"])
+        log_fields(environ)["model_version"] = self.version
+        resp.set_header("X-Request-ID", environ[LOG_FIELDS]["request_id"])
         if "HTTP_HOST" not in environ and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
             raise falcon.HTTPBadRequest(description="Host: expected this header")
 
@@ -480,7 +478,7 @@ class Middleware:
                 error = ', error="invalid_token"' if req.auth else ""
                 challenge = f'Bearer realm="fraud-api"{error}'
                 raise falcon.HTTPUnauthorized(description="expected an API key as bearer token", challenges=[challenge])
-            req.env[RECORD]["client"] = client
+            req.env[LOG_FIELDS]["client"] = client
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
         if req.method == "OPTIONS" and succeeded:
@@ -497,20 +495,20 @@ def request_id(given: str | None) -> str:
     return f"{getrandbits(128):032x}"  # not os.urandom, which would release the GIL
 
 
-def record_of(environ: dict[str, Any]) -> dict[str, Any]:
-    """What goes on record about a request. Falcon refuses some before the middleware has seen them."""
-    if RECORD not in environ:
-        environ[RECORD] = {"request_id": request_id(environ.get("HTTP_X_REQUEST_ID"))}
-    return cast(dict[str, Any], environ[RECORD])
+def log_fields(environ: dict[str, Any]) -> dict[str, Any]:
+    """What is logged of a request. Falcon refuses some before the middleware has seen them."""
+    if LOG_FIELDS not in environ:
+        environ[LOG_FIELDS] = {"request_id": request_id(environ.get("HTTP_X_REQUEST_ID"))}
+    return cast(dict[str, Any], environ[LOG_FIELDS])
 
 
 def send(req: falcon.Request, resp: falcon.Response, found: Problem) -> None:
     """Answer with a problem."""
-    record = record_of(req.env)
+    logged = log_fields(req.env)
     resp.status, resp.content_type = found.status, PROBLEM
-    resp.data = encode(msgspec.structs.replace(found, request_id=record["request_id"]))
+    resp.data = encode(msgspec.structs.replace(found, request_id=logged["request_id"]))
     if found.detail:
-        record["detail"] = found.detail  # a rule, never a value
+        logged["detail"] = found.detail  # a rule, never a value
 
 
 def _expected(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: Any) -> None:
@@ -521,14 +519,14 @@ def _expected(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPErro
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:
     """A mistake of ours: details in the log, the request's id to the client."""
-    report(record_of(req.env), error)
+    report(log_fields(req.env), error)
     send(req, resp, problem(500))
 
 
-def report(record: Mapping[str, Any], error: Exception) -> None:
+def report(logged: Mapping[str, Any], error: Exception) -> None:
     """Log what failed and where, but not the error's own words, which may quote a transaction."""
     trace = "".join(traceback.format_tb(error.__traceback__))
-    log.error("request %s failed: %s\n%s", record["request_id"], type(error).__name__, trace)
+    log.error("request %s failed: %s\n%s", logged["request_id"], type(error).__name__, trace)
 
 
 def create_app(config: Config, model: Model, process: Process) -> App:

@@ -1,6 +1,6 @@
 """The model: from the MLflow Model Registry into memory, and from transactions to probabilities of fraud.
 
-The master process runs a `ModelFetcher`, which downloads one version into memory (tmpfs) and proves it. Each worker
+The master process runs a `ModelFetcher`, which downloads one version into memory (tmpfs) and verifies it. Each worker
 calls `load` after the fork and gets a `Model`. Both raise `ModelError` with a message for the operator.
 """
 
@@ -116,7 +116,7 @@ def columns_of(rows: Sequence[Features]) -> Columns:
     return list(zip(*map(values_of, rows), strict=True))
 
 
-def record_digest(key: bytes, values: Sequence[Any]) -> str:
+def row_digest(key: bytes, values: Sequence[Any]) -> str:
     """32 hex digits that prove which six values were scored, without telling them (HMAC-SHA256, RFC 2104)."""
     return hmac.new(key, msgspec.json.encode(list(values)), "sha256").hexdigest()[:32]
 
@@ -261,7 +261,7 @@ class LeafMaskScorer(Scorer):
     name = "leaf-masks"
 
     def __init__(self, pipeline: Any) -> None:
-        self.categories, codes, places = encoding(pipeline[:-1])
+        self.categories, codes, columns = encoding(pipeline[:-1])
         dump = json.loads(treelite.sklearn.import_model(pipeline[-1]).dump_as_json(pretty_print=False))
         self.base, self.average = dump["base_scores"][-1], dump["average_tree_output"]
         trees = [tree["nodes"] for tree in dump["trees"]]
@@ -269,18 +269,18 @@ class LeafMaskScorer(Scorer):
         most = max(map(len, leaves))
         if most > MOST_LEAVES:
             raise ValueError(f"a tree has {most} leaves, more than {MOST_LEAVES}")
-        self.leaves = np.array([values + [0.0] * (most - len(values)) for values in leaves]).ravel()
-        self.offsets = np.arange(len(trees)) * most
+        self.leaf_values = np.array([values + [0.0] * (most - len(values)) for values in leaves]).ravel()
+        self.first_leaves = np.arange(len(trees)) * most
         self.rows_at_a_time = max(LEAVES_AT_A_TIME // len(trees), len(COALITIONS))
-        values = {name: {place: thresholds(trees, place)} for name, place in places.items()} | {CATEGORY: codes}
-        kind = np.min_scalar_type(2**most - 1)
-        rows = sum(len(next(iter(columns.values()))) for columns in values.values())
-        if (size := rows * len(trees) * kind.itemsize) > MOST_TABLE_BYTES:
+        values = {name: {column: thresholds(trees, column)} for name, column in columns.items()} | {CATEGORY: codes}
+        dtype = np.min_scalar_type(2**most - 1)
+        rows = sum(len(next(iter(each.values()))) for each in values.values())
+        if (size := rows * len(trees) * dtype.itemsize) > MOST_TABLE_BYTES:
             raise ValueError(f"its tables would take {size / 2**20:.0f} MB, more than {MOST_TABLE_BYTES / 2**20:.0f}")
-        self.tables = [mask_table(trees, values[name], kind) for name in FIELDS]
+        self.tables = [mask_table(trees, values[name], dtype) for name in FIELDS]
         # Forests round their input to float32. The order of the limits stays the same, so the tables still fit.
         rounded = np.asarray if type(pipeline[-1]).__name__.startswith("Hist") else float32_limits
-        self.cuts = {name: rounded(values[name][place][:-1]).tolist() for name, place in places.items()}
+        self.limits = {name: rounded(values[name][column][:-1]).tolist() for name, column in columns.items()}
 
     def __call__(self, columns: Columns) -> Floats:
         parts = pieces(columns, self.rows_at_a_time)
@@ -292,33 +292,33 @@ class LeafMaskScorer(Scorer):
         for name, table, values in zip(FIELDS, self.tables, columns, strict=True):
             if len(values) == 1:  # the same rows as below, without the overhead of arrays
                 [value] = values
-                row = self.categories.get(value, unknown) if name == CATEGORY else bisect_left(self.cuts[name], value)
+                row = self.categories.get(value, unknown) if name == CATEGORY else bisect_left(self.limits[name], value)
                 found.append(table[row : row + 1])
             elif name == CATEGORY:
                 rows = np.fromiter(map(self.categories.get, values, repeat(unknown)), np.intp, len(values))
                 found.append(table[rows])
             else:
-                found.append(table[np.searchsorted(self.cuts[name], np.asarray(values, np.float64))])
+                found.append(table[np.searchsorted(self.limits[name], np.asarray(values, np.float64))])
         return found
 
     def probabilities(self, masks: Any) -> Floats:
         """The probability of fraud for each row of masks (n × trees) with one bit in each."""
         leaves = np.bitwise_count(masks - 1)  # the number of the only bit
-        found = self.leaves.take(leaves + self.offsets).sum(axis=1)
-        return found / len(self.offsets) if self.average else np.asarray(expit(found + self.base))
+        found = self.leaf_values.take(self.first_leaves + leaves).sum(axis=1)
+        return found / len(self.first_leaves) if self.average else np.asarray(expit(found + self.base))
 
     def coalitions(self, columns: Columns, reference: Sequence[Any]) -> Floats:
         """Each field's masks are the transaction's or the reference's: all 64 choices, by doubling."""
         others = self.masks([[value] for value in reference])
         found = []
         for part in pieces(columns, self.rows_at_a_time // len(COALITIONS)):
-            masks = np.empty((len(part[0]), len(COALITIONS), len(self.offsets)), others[0].dtype)
+            masks = np.empty((len(part[0]), len(COALITIONS), len(self.first_leaves)), others[0].dtype)
             masks[:, 0] = np.iinfo(masks.dtype).max
             for number, (own, other) in enumerate(zip(self.masks(part), others, strict=True)):
                 done = 2**number
                 np.bitwise_and(masks[:, :done], own[:, None], out=masks[:, done : 2 * done])
                 masks[:, :done] &= other
-            found.append(self.probabilities(masks.reshape(-1, len(self.offsets))))
+            found.append(self.probabilities(masks.reshape(-1, len(self.first_leaves))))
         return np.concatenate(found).reshape(-1, len(COALITIONS))
 
 
@@ -353,15 +353,15 @@ def float32_limits(limits: Floats) -> Floats:
     return np.where(middle.astype(np.float32) <= below, middle, np.nextafter(middle, -np.inf))
 
 
-def mask_table(trees: Sequence[Any], values: dict[int, Floats], kind: np.dtype[Any]) -> Any:
+def mask_table(trees: Sequence[Any], values: dict[int, Floats], dtype: np.dtype[Any]) -> Any:
     """[row, tree]: the leaves that are left over by all nodes on some columns, for each row of their values."""
-    table = np.empty((len(next(iter(values.values()))), len(trees)), kind)
+    table = np.empty((len(next(iter(values.values()))), len(trees)), dtype)
     for number, nodes in enumerate(trees):
         table[:, number] = every = nodes[0]["mask"]
         for node in nodes:
             if node.get("split_feature_id") in values:
                 left = goes_left(node, values[node["split_feature_id"]])
-                masks = [kind.type(every ^ nodes[node[child]]["mask"]) for child in ("right_child", "left_child")]
+                masks = [dtype.type(every ^ nodes[node[child]]["mask"]) for child in ("right_child", "left_child")]
                 table[:, number] &= np.where(left, *masks)
     return table
 
@@ -391,9 +391,9 @@ def encoding(encoder: Any) -> tuple[dict[str, int], dict[int, Floats], dict[str,
     encoded = encoder.transform(frame(list(zip(*rows, strict=True))))
     encoded = np.asarray(encoded.toarray() if hasattr(encoded, "toarray") else encoded, dtype=np.float64)
     difference = encoded[0] - encoded[-1]
-    places = {name: int(np.flatnonzero(difference == number).item()) for number, name in enumerate(NUMBERS, 1)}
-    codes = {column: encoded[1:, column] for column in range(encoded.shape[1]) if column not in places.values()}
-    return {name: row for row, name in enumerate(names[:-1])}, codes, places
+    columns = {name: int(np.flatnonzero(difference == number).item()) for number, name in enumerate(NUMBERS, 1)}
+    codes = {column: encoded[1:, column] for column in range(encoded.shape[1]) if column not in columns.values()}
+    return {name: row for row, name in enumerate(names[:-1])}, codes, columns
 
 
 def frame(columns: Columns) -> pd.DataFrame:
@@ -415,7 +415,6 @@ class Model:
     metadata: Metadata
     scorer: Scorer
     fixed_threshold: float | None = None  # FRAUD_THRESHOLD
-    load_seconds: float = 0.0
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
 
     def score(self, rows: Sequence[Features]) -> Floats:
@@ -475,7 +474,6 @@ class Model:
 
 def load(snapshot: Snapshot, config: Config) -> Model:
     """Load a snapshot through MLflow and check that it keeps its promises: signature, probabilities, golden rows."""
-    started = time.monotonic()
     pyfunc = mlflow.pyfunc.load_model(snapshot.path)
     _check_signature(pyfunc.metadata)
     try:
@@ -484,7 +482,7 @@ def load(snapshot: Snapshot, config: Config) -> Model:
         raise ModelError(f"the model's metadata does not fit: {error}") from None
     scorer = choose_scorer(pyfunc.get_raw_model(), metadata.golden)
     _check_golden(scorer, metadata.golden)
-    return Model(snapshot, metadata, scorer, config.fraud_threshold, time.monotonic() - started)
+    return Model(snapshot, metadata, scorer, config.fraud_threshold)
 
 
 def _check_signature(metadata: Any) -> None:
@@ -517,7 +515,7 @@ def choose_scorer(estimator: Any, golden: Sequence[Golden]) -> Scorer:
         columns = columns_of([*golden, *_probes([*masks.categories])])
         gap = np.abs(masks(columns) - pipeline(columns)).max()
         if gap <= LEAF_MASK_TOLERANCE:
-            log.info("leaf masks of %d trees", len(masks.offsets))
+            log.info("leaf masks of %d trees", len(masks.first_leaves))
             return masks
         log.warning("no leaf masks: they differ from predict_proba by %.3g", gap)
     except Exception as error:  # the pipeline scores every model
@@ -540,7 +538,7 @@ def _probes(categories: Sequence[str]) -> list[Features]:
 
 
 class ModelFetcher:
-    """A child process that resolves MODEL_URI, downloads that version and proves that it loads, within `seconds`.
+    """A child process that resolves MODEL_URI, downloads that version and verifies that it loads, within `seconds`.
 
     The master itself opens no connection and starts no thread, because it forks workers; and whatever hangs (DNS, a
     socket, C code) is killed with the child. A version that is `served` already is not downloaded again.
@@ -581,7 +579,7 @@ class ModelFetcher:
 
 
 def acquire(config: Config, folder: Path, seconds: float) -> Snapshot:
-    """Fetch the version that MODEL_URI names into `folder` and prove it. Raises `ModelError`."""
+    """Fetch the version that MODEL_URI names into `folder` and verify it. Raises `ModelError`."""
     fetcher = ModelFetcher(config, folder, seconds)
     try:
         while not (snapshot := fetcher.result(0.1)):

@@ -177,7 +177,7 @@ def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: 
     """Answer overload, or what is not HTTP, with a problem that does not echo what was sent."""
     request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
     asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
-    log.answered({telemetry.RECORD: {"request_id": request_id}, **asked}, status)
+    log.answered({telemetry.LOG_FIELDS: {"request_id": request_id}, **asked}, status)
     found = fraud_api.problem(status, request_id=request_id)
     body = fraud_api.encode(found)
     fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
@@ -291,7 +291,7 @@ class Supervisor:
             self.tidy()
 
     def fetch(self) -> Generator[None, None, Snapshot | None]:
-        """The version that MODEL_URI names now, proven; None if there is none that can be served."""
+        """The version that MODEL_URI names now, verified; None if there is none that can be served."""
         fetcher = ModelFetcher(self.settings, self.folder, self.settings.model_load_timeout, self.served)
         try:
             while not (found := fetcher.result()):
@@ -306,7 +306,7 @@ class Supervisor:
 
     def roll(self, found: Snapshot) -> Iterator[None]:
         """One by one, start a worker that serves the new version, and when it is ready let the oldest worker stop."""
-        announce(self.log, "proven, replacing workers for", found)
+        announce(self.log, "verified, replacing workers for", found)
         process.snapshot, workers = found, self.server.WORKERS
         while any(worker.snapshot is not process.snapshot for worker in workers.values()):
             wanted = process.snapshot  # `lost` sets it back if the new worker ends

@@ -31,7 +31,7 @@ from prometheus_client.utils import floatToGoString
 from model import CATEGORY, FIELDS, Columns, Model, Reference
 
 # Keys of the WSGI environment: what the application adds to the request's log line, and the route.
-RECORD, ROUTE = "fraud_api.record", "fraud_api.route"
+LOG_FIELDS, ROUTE = "fraud_api.log_fields", "fraud_api.route"
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 MOST_LINES = 100_000  # lines that wait to be written; more are lost
 WRITE_SECONDS = 0.005  # the writer collects lines for this long
@@ -57,7 +57,6 @@ METRICS = {
     "log_lines_lost": ("counter", "log lines lost because the log was not read fast enough", ()),
     "score_decile_training_share": ("gauge", "share of the training scores", ("decile", "registry_version")),
     "model_info": ("gauge", "1, for what is served", ("model_name", "model_version", "sha256", "scorer")),
-    "model_load_seconds": ("gauge", "time to load the model into a worker", ()),
 }
 # Every counter and its labels: (name, what the sample's name ends in, value of each label).
 CELLS: list[tuple[Any, ...]] = [
@@ -107,7 +106,7 @@ class Metrics:
                 own[cells["request_seconds", "_sum", route]] += seconds
 
     def text(self, model: Model) -> bytes:
-        """Everything in Prometheus' text format; what is served and its load time are this worker's."""
+        """Everything in Prometheus' text format; what is served is this worker's."""
         families = {name: Metric(f"fraud_api_{name}", text, kind) for name, (kind, text, _) in METRICS.items()}
         for (name, suffix, *labels), value in [*self.counts(), *gauges(model)]:
             named = dict(zip(METRICS[name][2], map(str, labels), strict=False))  # sums have no `le`
@@ -126,23 +125,22 @@ class Metrics:
 
 
 def gauges(model: Model) -> Iterator[tuple[tuple[Any, ...], float]]:
-    """What is served, how long it took to load, and the shares of its deciles at training."""
+    """What is served, and the shares of its deciles at training."""
     facts = model.facts()
     yield ("model_info", "", *(facts[name] for name in METRICS["model_info"][2])), 1
-    yield ("model_load_seconds", ""), model.load_seconds
     if model.metadata.reference:
         for decile, share in zip(DECILES, model.metadata.reference.score_shares, strict=True):
             yield ("score_decile_training_share", "", decile, model.snapshot.number), share
 
 
-class ScoreRecorder:
+class ScoreCounter:
     """Counts scored rows: their decisions, and how scores and values compare with those of training (drift)."""
 
     def __init__(self, reference: Reference | None, metrics: Metrics) -> None:
         self.reference, self.metrics = reference, metrics
         self.categories = frozenset(reference.categories if reference else ())
 
-    def record(self, columns: Columns, scores: Sequence[float], fraud: int) -> None:
+    def count(self, columns: Columns, scores: Sequence[float], fraud: int) -> None:
         counts: list[tuple[str, object, int]] = [("rows", "fraud", fraud), ("rows", "legitimate", len(scores) - fraud)]
         if self.reference:
             places = Counter(bisect_left(self.reference.score_deciles, score) for score in scores)
@@ -155,7 +153,7 @@ class ScoreRecorder:
             if count:
                 self.metrics.add(name, label, by=count)
 
-    def invalid(self, count: int) -> None:
+    def count_invalid(self, count: int) -> None:
         self.metrics.add("rows", "invalid", by=count)
 
     def unfamiliar(self, field: str, values: Sequence[Any]) -> int:
@@ -253,7 +251,7 @@ class Log(Logger):  # type: ignore[misc]
             line |= {"method": environ.get("REQUEST_METHOD", "-")}
             line |= {"path": path if ROUTE in environ else self.output.clean(path)}
             line |= {"status": status} | ({} if seconds is None else {"duration_ms": round(seconds * 1000, 3)})
-            line |= environ.get(RECORD, {})
+            line |= environ.get(LOG_FIELDS, {})
             if found := TRACE_PARENT.fullmatch(environ.get("HTTP_TRACEPARENT", "")):
                 line["trace_id"] = found[1]
             self.output.put(line)

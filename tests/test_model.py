@@ -132,7 +132,7 @@ def test_leaf_masks_at_the_cut_points(kind: str, leaves: int) -> None:
         name: np.array(
             [s for c in cuts for s in (c, np.nextafter(c, -np.inf), np.nextafter(c, np.inf))] + [1e300, -1e300]
         )
-        for name, cuts in score.cuts.items()
+        for name, cuts in score.limits.items()
     }
     around = {name: values if name in MONEY else values[np.abs(values) < 1e9] for name, values in around.items()}
     names = np.array([*score.categories, "unknown", "\0"], object)

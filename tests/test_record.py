@@ -60,7 +60,7 @@ def test_a_record_over_a_roll(champion: str, second: str, tmp_path: Path, key: s
         def roll() -> None:
             client.set_registered_model_alias(NAME, ALIAS, second)
             service.popen.send_signal(signal.SIGHUP)
-            wait_until(lambda: "proven, replacing workers for" in service.log, "the roll has begun")
+            wait_until(lambda: "verified, replacing workers for" in service.log, "the roll has begun")
 
         assert ask(service, TRANSACTIONS[:500], roll) == ["v1.2.3"] * 500
         wait_until(lambda: f"] serving {NAME} v2, " in service.log, "v2 is announced")

@@ -1,4 +1,4 @@
-"""A new version is proven before any worker is touched, takes over one by one, and loses no request."""
+"""A new version is verified before any worker is touched, takes over one by one, and loses no request."""
 
 import os
 import resource
@@ -34,7 +34,7 @@ def promote(champion: str, second: str) -> Iterator[Callable[[str], None]]:
 
 
 class Hanging(Pipeline):  # type: ignore[misc]
-    """Loads in the process that proves it, whose memory is bounded, and hangs in a worker."""
+    """Loads in the process that verifies it, whose memory is bounded, and hangs in a worker."""
 
     def __reduce__(self) -> tuple[object, ...]:
         limit = f"__import__('resource').getrlimit({resource.RLIMIT_DATA})[0]"
@@ -105,7 +105,7 @@ def test_forward_and_back_under_load(
                 load.wait_for(200)
         assert len(service.versions()) == 1
         assert service.log.count("Traceback") == 0
-        for roll in service.log.split("proven, replacing workers for")[1:]:
+        for roll in service.log.split("verified, replacing workers for")[1:]:
             assert roll.index("Worker ready") < roll.index("Worker exiting")
     assert load.lost == []
     assert load.dropped == 0
@@ -210,7 +210,7 @@ def idle(service: Service) -> bool:
 
 
 def test_a_version_that_no_worker_comes_up_with(champion: str, second: str, promote: Callable[[str], None]) -> None:
-    """Should a worker die of a version that was proven, the old one stays until it is tried again."""
+    """Should a worker die of a version that was verified, the old one stays until it is tried again."""
     with running(champion, model_uri=URI, web_concurrency="2") as service:
         old = service.workers()
         promote(second)
