@@ -29,6 +29,7 @@ CSV: Any = {"dtype": {CATEGORY: str, ID: str}, "keep_default_na": False, "low_me
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what errors="surrogateescape" makes of bytes not in UTF-8
 TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
+SECONDS = (946_684_800, 4_102_444_800)  # since 1970, of the years from 2000 to 2099
 FEWEST = 100  # rows of either class, to train and measure on
 FEWEST_IN_PART = 10
 MOST_CATEGORIES = 1000  # that monitoring knows; more are probably merchants, not categories
@@ -64,6 +65,10 @@ class Sample:
         """The rows of a mask or of positions."""
         truth, times = (None if each is None else each[chosen] for each in (self.truth, self.times))
         return replace(self, rows=self.rows.iloc[chosen], labels=self.labels[chosen], truth=truth, times=times)
+
+    def when(self, time: float) -> str:
+        """A time as people read it: as a date, where times are dates."""
+        return f"{pd.Timestamp(time, unit='s'):%Y-%m-%d %H:%M} UTC" if self.dated else str(float(time))
 
     def evenly(self, most: int) -> "Sample":
         """At most `most` rows, evenly spaced from the first to the last."""
@@ -118,11 +123,11 @@ def _typed(column: Column, kind: str) -> Column:
 def _moments(column: Column) -> tuple[Column, bool]:
     """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether nearly all are dates.
 
-    Dates without a zone are UTC.
+    Dates without a zone are UTC. Numbers that would be dates of this century are taken for seconds since 1970.
     """
     numbers = _typed(column, "number")
     if numbers.notna().any() or column.dtype.kind == "b":
-        return numbers, False
+        return numbers, bool(numbers.between(*SECONDS).mean() > 0.9)
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
     seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
     return seconds, bool(moments.notna().mean() > 0.9)
@@ -257,7 +262,7 @@ class Split(msgspec.Struct, frozen=True):
             same = np.flatnonzero(_hashes(sample) == np.uint64(int(str(self.last), 16)))
             if len(same):
                 return np.asarray(np.arange(len(sample)) > same[-1])
-        raise DataError(f"which rows were seen cannot be told: split by {self.mode}, key {self.key}, to {self.last}")
+        raise DataError(f"which rows were seen cannot be told: split by {self.mode}, key {self.key}")
 
 
 def _hashes(sample: Sample) -> np.ndarray:

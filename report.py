@@ -33,6 +33,7 @@ NAMES = {
     "roc_auc": "ROC AUC",
     "cost": "Cost per 1,000 transactions",
     "cost_of_flagging_nothing": "Cost per 1,000 if nothing is flagged",
+    "split_last": "Last training row",
     "data_sha256": "SHA-256 of the data",
 }
 
@@ -350,8 +351,7 @@ def svg(draw: Any, *given: Any) -> str:
 def period(sample: Sample) -> str:
     if sample.times is None:
         return "unknown, as no --time-column was given"
-    ends = sample.times[[0, -1]]
-    return " to ".join(pd.to_datetime(ends, unit="s").strftime("%Y-%m-%d") if sample.dated else map(str, ends))
+    return " to ".join(map(sample.when, sample.times[[0, -1]]))
 
 
 def page(evidence: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:

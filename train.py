@@ -236,7 +236,8 @@ def gate(evidence: Evidence, champion: str | None) -> tuple[bool, list[str]]:
     checks = [(factor <= report.MISCALIBRATED, f"calibrated: expected and actual frauds are {off}")]
     if champion:
         checks.append((low[0] > 0, f"more precise than version {champion} beyond noise: average precision {gain}"))
-        checks.append((low[1] <= 0, f"as cheap as version {champion} within noise: cost per 1,000 {extra}"))
+        cheap = f"cheaper than version {champion} beyond" if high[1] < 0 else f"as cheap as version {champion} within"
+        checks.append((low[1] <= 0, f"{cheap} noise: cost per 1,000 {extra}"))
     else:
         saved = new["cost_of_flagging_nothing"][0] - new["cost"][0]
         checks.append((gains.iloc[0, 0] > 0, f"more precise than a {BASELINE}: average precision {gain}"))
@@ -297,6 +298,8 @@ def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_o
     given = {name: value for name, value in vars(options).items() if name not in left_out}
     given["cost_missed"] = options.cost_missed if options.cost_missed is not None else "amount"
     given |= {f"split_{name}": value for name, value in msgspec.to_builtins(how).items() if name != "test_size"}
+    if isinstance(how.last, float):
+        given["split_last"] = training.when(how.last)
     given["git_commit"] = mlflow.active_run().data.tags.get("mlflow.source.git.commit")  # type: ignore[union-attr]
     for part, name in ((training, "training"), (held_out, "holdout")):
         given |= {f"{name}_rows": len(part), f"{name}_frauds": int(part.labels.sum())}

@@ -369,6 +369,21 @@ def test_gate_of_the_first(new: pd.DataFrame, failed: str | None) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("new", "sentence"),
+    [
+        (rounds(0.35, 400, 0.001), "cheaper than version 7 beyond noise: cost per 1,000 -100 [-10"),
+        (rounds(0.35, 505, 0.01), "as cheap as version 7 within noise: cost per 1,000 +5 [-"),
+        (rounds(0.35, 500, 0), "as cheap as version 7 within noise: cost per 1,000 +0 [+0, +0]"),
+        (rounds(0.35, 530, 0.01), "NOT as cheap as version 7 within noise: cost per 1,000 +30 [+"),
+    ],
+)
+def test_the_sentence_about_cost_is_true(new: pd.DataFrame, sentence: str) -> None:
+    """Item 8: "within noise" is said only where the interval holds 0."""
+    _, checks = train.gate(evidence(new, CHAMPION), "7")
+    assert checks[2].startswith(sentence)
+
+
 def test_gate_without_comparison() -> None:
     """A champion that cannot be scored is not one that is not there."""
     found = train.gate(evidence(rounds(0.35, 500, 0), BASELINE), "7")
@@ -587,6 +602,24 @@ def test_a_champion_that_cannot_be_compared_with(registry: str, capsys: pytest.C
             compared()
     assert compared("--promote", "always") == ("1", None, held_out)
     assert "version 1, the champion, cannot be compared with: " in capsys.readouterr().out
+
+
+def test_times_are_dates_to_people_and_numbers_to_the_code(registry: str, tmp_path: Path) -> None:
+    """The report says up to which time in UTC the rows were trained on; the tag has the seconds."""
+    table = data.generate(15_000, seed=4)
+    seconds = 1_720_000_000 + 60 * np.arange(15_000)
+    times = {"parquet": pd.to_datetime(seconds, unit="s", utc=True), "csv": seconds}
+    for number, (kind, column) in enumerate(times.items(), 1):
+        path = written(tmp_path, table.rows.assign(is_fraud=table.labels, booked=column), f"t.{kind}")
+        words = ("--name", "dated", "--data", str(path), "--time-column", "booked", "--trees", "2")
+        assert trained(registry, *words, "--promote", "never") == 0
+        tags = MlflowClient().get_model_version("dated", str(number)).tags
+        assert json.loads(tags["split"])["last"] == 1_720_000_000 + 60 * 11_999
+        run = MlflowClient().get_run(MlflowClient().get_model_version("dated", str(number)).run_id)
+        page = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/report.html")
+        assert "<dt>Data period</dt><dd>2024-07-03 09:46 UTC to 2024-07-13 19:45 UTC</dd>" in page
+        assert "<dt>Last training row</dt><dd>2024-07-11 17:45 UTC</dd>" in page
+        assert str(1_720_000_000 + 60 * 11_999) not in page
 
 
 def test_if_missing(gated: tuple[str, Path]) -> None:
