@@ -7,8 +7,10 @@ rows a model has never seen.
 import gzip
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 # "" and "NA" are text, not missing values; a surplus cell is an error.
 CSV: Any = {"dtype": {CATEGORY: str, ID: str}, "keep_default_na": False, "low_memory": False, "index_col": False}
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, NotImplementedError, zlib.error, pd.errors.ParserWarning)
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what errors="surrogateescape" makes of bytes not in UTF-8
 TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
@@ -68,7 +71,7 @@ class Sample:
 
     def when(self, time: float) -> str:
         """A time as people read it: as a date, where times are dates."""
-        return f"{pd.Timestamp(time, unit='s'):%Y-%m-%d %H:%M} UTC" if self.dated else str(float(time))
+        return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC" if self.dated else str(float(time))
 
     def evenly(self, most: int) -> "Sample":
         """At most `most` rows, evenly spaced from the first to the last."""
@@ -85,7 +88,7 @@ def read(path: Path, time_column: str | None = None, ordered: bool = False) -> S
             table = _table(path)
         columns = {name: _typed(table[name], rule["type"]) for name, rule in RULES.items() if name in table}
         times, dated = _moments(table[time_column]) if time_column in table else (None, False)
-    except (OSError, EOFError, ValueError, TypeError, NotImplementedError, pd.errors.ParserWarning) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
     if found := [*_faults(table, columns, time_column, times)]:
         raise DataError(f"{path} cannot be trained on: {'; '.join(found)}")
@@ -108,6 +111,8 @@ def _table(path: Path) -> pd.DataFrame:
             if found := NO_TEXT.search(line):
                 what = f"it has the byte {found[0].encode(errors='surrogateescape')!r}"
                 raise ValueError(f"line {number:,} is not text in UTF-8, the encoding expected: {what}")
+            if number == 1 and "," not in line and (found := re.search("[;\t|]", line)):
+                raise ValueError(f"its columns seem to be separated by {found[0]!r}: expected commas")
     return pd.read_csv(path, **CSV)
 
 
@@ -126,10 +131,10 @@ def _moments(column: Column) -> tuple[Column, bool]:
     Dates without a zone are UTC. Numbers that would be dates of this century are taken for seconds since 1970.
     """
     numbers = _typed(column, "number")
-    if numbers.notna().any() or column.dtype.kind == "b":
+    if numbers.notna().any() or column.dtype.kind in "bm":
         return numbers, bool(numbers.between(*SECONDS).mean() > 0.9)
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
-    seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp("1970-01-01", tz="UTC")).dt.total_seconds()
     return seconds, bool(moments.notna().mean() > 0.9)
 
 
@@ -141,8 +146,6 @@ def _faults(
     if missing := [f"{name}: the column is missing" for name in needed if name not in table]:
         yield from missing
         yield f"the file has the columns {', '.join(map(str, table.columns))[:300]}"
-        if len(table.columns) == 1 and (found := re.search("[;\t|]", str(table.columns[0]))):
-            yield f"its columns seem to be separated by {found[0]!r}: expected commas"
     yield from (f"{name}: there are two such columns" for name in [*needed, ID] if f"{name}.1" in table)
     checks = [(name, _keeps(column, RULES[name]), RULES[name]["description"]) for name, column in columns.items()]
     if ID in columns:

@@ -55,6 +55,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("release", {"type": _name}, "tag of the version, such as v1.2.3, that predictions are signed with"),
     ("promote", {"choices": ["if-better", "always", "never"], "default": "if-better"}, "whether it becomes champion"),
     ("if-missing", SWITCH, "do nothing if there is a champion"),
+    ("purpose", {"default": "rank card transactions for review by people"}, "what the model is for"),
     ("owner", {"default": "not named"}, "who answers for the model"),
     ("approver", {"default": "not named"}, "who approves its use"),
 ]
@@ -112,7 +113,7 @@ import versions
 from data import LABEL, DataError, Sample, Split
 from model import CATEGORY, Features, Model, ModelError
 from report import BASELINE, CHAMPION, NEW, WITHOUT_AGE, Evidence, Rule, Scored, readable
-from versions import say, still
+from versions import say
 
 SEARCH_ROWS = 200_000
 FOLDS = 3
@@ -258,8 +259,7 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
         delayed(pipeline(options.trees, options.seed, settings).fit)(training.rows.assign(user_age=0), training.labels),
         delayed(logistic_regression().fit)(part.rows, part.labels),
     ]
-    with still("fitting"):
-        trees, ageless, baseline = Parallel(-1, require="sharedmem")(jobs)
+    trees, ageless, baseline = Parallel(-1, require="sharedmem")(jobs)
     cheapest = best_threshold(scores, recalibrated(scores, few), options)
     threshold = data.midpoint(cheapest, trees.predict_proba(training.rows)[:, 1])
     by_cost = Rule("review_cost", review_cost(scores, few, options))
@@ -287,8 +287,7 @@ def evaluate(
     rate = models[NEW].flagged.mean()
     models |= {name: Scored(name, each, each > np.quantile(each, 1 - rate)) for name, each in compared.items()}
     say(f"measuring on {len(held_out):,} rows held out and {RESAMPLES} resamples of them")
-    with still("measuring"):
-        rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
+    rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
     return Evidence(options, sample, training, held_out, models, rounds, **found)
 
 
@@ -371,8 +370,10 @@ def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]
         suffix = "" if name == NEW else "_" + name.replace(" ", "_")
         mlflow.log_metrics({measure + suffix: float(value) for measure, value in rounds.iloc[0].items()})
     mlflow.log_params(evidence.settings | {rule.by: rule.limit for rule in evidence.rules.values()})
-    run = mlflow.active_run().info.run_id  # type: ignore[union-attr]
-    made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": run} | mlflow.get_run(run).data.params
+    run, where = mlflow.active_run().info, without_credentials(mlflow.get_tracking_uri())  # type: ignore[union-attr]
+    link = f"{where}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": link if where[:4] == "http" else run.run_id}
+    made |= mlflow.get_run(run.run_id).data.params
     title = f"{evidence.options.name} version {version}, {time.strftime('%Y-%m-%d')}"
     mlflow.log_text(report.page(evidence, title, verdict, checks, made), "report.html")
     say(f"report: {without_credentials(mlflow.get_artifact_uri())}/report.html")
@@ -382,7 +383,8 @@ def main() -> int | str:
     """Return the exit status or an error message."""
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     try:
-        return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
+        with versions.still():
+            return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
     except (DataError, ModelError, MlflowException, OSError, SQLAlchemyError) as error:
         return f"train: {config.mask(str(error).partition(chr(10))[0])}"
 

@@ -34,13 +34,13 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def still(doing: str) -> Iterator[None]:
-    """Print a line every few seconds that says what is running and for how long."""
+def still() -> Iterator[None]:
+    """Print a line every few seconds that says for how long the program has been running."""
     done, started = threading.Event(), time.monotonic()
 
     def tell() -> None:
         while not done.wait(EVERY):
-            say(f"still {doing}, {time.monotonic() - started:.0f} s")
+            say(f"still running, {time.monotonic() - started:.0f} s")
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()

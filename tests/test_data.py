@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import data
-from data import RULES, DataError, Sample, Split, generate, midpoint, read, reference, split
+from data import DataError, Sample, Split, generate, midpoint, read, reference, split
 from model import CATEGORY
 
 SAMPLE = generate(12_000, seed=4)
@@ -17,7 +17,6 @@ DATED = pd.date_range("2026-01-01", periods=12_000, freq="min", tz="UTC")
 AMOUNT, HOUR = "an amount of money, a number from 0", "an hour, a whole number from 0 to 23"
 DAY, BALANCE = "a day, a whole number from 0 (Monday) to 6 (Sunday)", "an amount of money, a number, may be negative"
 HAS = f"the file has the columns {', '.join(TABLE)}"
-MISSING = "; ".join(f"{name}: the column is missing" for name in RULES if name != "transaction_id")
 CLASSES = "expected at least 100 of 0 and of 1"
 
 # -- transactions ------------------------------------------------------------------------------------------------------
@@ -61,10 +60,6 @@ def one(column: str, rule: str) -> str:
 WRONG = {
     "missing column": (TABLE.drop(columns="hour"), f"hour: the column is missing; {HAS.replace('hour, ', '')}"),
     "no label": (TABLE.drop(columns="is_fraud"), f"is_fraud: the column is missing; {HAS.replace(', is_fraud', '')}"),
-    "semicolons": (
-        pd.DataFrame({"amount;hour": []}),
-        f"{MISSING}; the file has the columns amount;hour; its columns seem to be separated by ';': expected commas",
-    ),
     "control character": (with_cell(CATEGORY, 7, "a\x1fb"), one(CATEGORY, "no control characters")),
     "text": (with_cell("amount", 7, "ten"), one("amount", AMOUNT)),
     "empty": (with_cell("amount", 7, None), one("amount", AMOUNT)),
@@ -134,7 +129,11 @@ def test_bad_rows(tmp_path: Path, case: str) -> None:
             b"amount,x\n1,a\n1,b\0c\n",
             "line 3 is not text in UTF-8, the encoding expected: it has the byte b'\\x00'",
         ),
+        ("t.csv", b"amount;hour\n1;2\n", "its columns seem to be separated by ';': expected commas"),
+        ("t.csv", b"amount;hour\n1,50;2\n", "its columns seem to be separated by ';': expected commas"),
+        ("t.csv", b"amount\thour\n1,50\t2\n", "its columns seem to be separated by '\\t': expected commas"),
         ("t.csv.gz", b"amount", "Not a gzipped file"),
+        ("t.csv.gz", b"\x1f\x8b\x08\0\0\0\0\0\0" + 20 * b"\xff", "Error -3 while decompressing data: invalid"),
         ("t.parquet", b"amount", "Parquet file size is 6 bytes"),
         ("t.csv", b"amount,amount,hour\n", "amount: there are two such columns"),
         ("absent.csv", None, "No such file or directory"),
@@ -230,6 +229,15 @@ def test_categories_that_look_like_identifiers(tmp_path: Path) -> None:
         notes = read(written(tmp_path, TABLE.assign(**{CATEGORY: names}), "t.csv")).notes
         assert [note for note in notes if note.startswith("WARNING")] == warnings
         assert len(notes) == len(warnings) + (kinds > 254)
+
+
+@pytest.mark.parametrize("value", ["9999-12-31", pd.Timedelta(1, "h"), b"\xff"])
+def test_other_columns_may_hold_anything(tmp_path: Path, value: object) -> None:
+    path = written(tmp_path, TABLE.assign(valid=value), "t.parquet")
+    assert len(read(path)) == 12_000
+    if value == "9999-12-31":
+        sample = read(path, "valid")
+        assert sample.when(sample.times[0]) == "9999-12-31 00:00 UTC"
 
 
 @pytest.mark.parametrize("times", [DATED, DATED.strftime("%Y-%m-%d %H:%M:%S"), np.arange(12_000)])
