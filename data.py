@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -81,7 +81,7 @@ class Sample:
 # -- from a file -------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, time_column: str | None = None, ordered: bool = False) -> Sample:
+def read(path: Path, time_column: str | None = None) -> Sample:
     """The transactions of a file, in its order or that of the time column. Raises `DataError`."""
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
@@ -94,7 +94,7 @@ def read(path: Path, time_column: str | None = None, ordered: bool = False) -> S
         raise DataError(f"{path} cannot be trained on: {'; '.join(found)}")
     rows = pd.DataFrame({name: columns[name].to_numpy(DTYPES[kind]) for name, kind in SIGNATURE})
     rows[[*MONEY]] = rows[[*MONEY]].clip(-LARGEST, LARGEST)  # as the service does
-    labels, notes = columns[LABEL].to_numpy(np.int64), tuple(_notes(table, rows, ordered or times is not None))
+    labels, notes = columns[LABEL].to_numpy(np.int64), tuple(_notes(table, rows, time_column))
     if times is None:
         return Sample(rows, labels, notes=notes)
     return Sample(rows, labels, None, times.to_numpy(), dated, notes).take(np.argsort(times, kind="stable"))
@@ -172,13 +172,13 @@ def _keeps(column: Column, rule: dict[str, Any]) -> Column:
     return within & (column % rule["multipleOf"] == 0) if "multipleOf" in rule else within
 
 
-def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[str]:
+def _notes(table: pd.DataFrame, rows: pd.DataFrame, time_column: str | None) -> Iterator[str]:
     """Sentences about what training accepts but a reader of the report must know."""
     if (kinds := rows[CATEGORY].nunique()) > MOST_ENCODED:
         yield f"{kinds:,} values of {CATEGORY}: the {kinds - MOST_ENCODED + 1:,} rarest are taken as one"
     if kinds > MOST_CATEGORIES:
         yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not kinds"
-    others = [] if ordered else [str(name) for name in table.columns if name not in RULES]
+    others = [] if time_column else [str(name) for name in table.columns if name not in RULES]
     if found := [name for name in others if re.search(TIME_NAME, name) or _moments(table[name].head(1000))[1]]:
         yield (
             f"WARNING: {', '.join(found)} looks like a time, and --time-column is not given: "
@@ -248,9 +248,9 @@ def generate(rows: int, seed: int) -> Sample:
 
 
 class Split(msgspec.Struct, frozen=True):
-    """How rows were held out; recorded with a version. `last` is the time or the hash of the latest training row."""
+    """How rows were held out, by "hash" or "time"; recorded with a version. `last` is the latest time in training."""
 
-    mode: Literal["hash", "time", "order"]
+    mode: str
     test_size: float
     key: str = KEY
     last: float | str | None = None
@@ -261,10 +261,6 @@ class Split(msgspec.Struct, frozen=True):
             return np.asarray(pd.util.hash_array(_hashes(sample)) / 2.0**64 < self.test_size)
         if self.mode == "time" and sample.times is not None:
             return np.asarray(sample.times > float(self.last or 0))
-        if self.key == KEY and self.mode == "order" and sample.times is None:
-            same = np.flatnonzero(_hashes(sample) == np.uint64(int(str(self.last), 16)))
-            if len(same):
-                return np.asarray(np.arange(len(sample)) > same[-1])
         raise DataError(f"which rows were seen cannot be told: split by {self.mode}, key {self.key}")
 
 
@@ -273,15 +269,12 @@ def _hashes(sample: Sample) -> np.ndarray:
     return np.asarray(pd.util.hash_pandas_object(sample.rows, index=False, hash_key=KEY))
 
 
-def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sample, Sample, Split]:
-    """Split into training rows and hold-out: the latest rows if they are in order of time, else chosen by hash."""
+def split(sample: Sample, test_size: float) -> tuple[Sample, Sample, Split]:
+    """Split into training rows and hold-out: the latest rows if their times are known, else chosen by hash."""
     chosen = Split("hash", test_size)
-    if in_order:
+    if sample.times is not None:
         last = len(sample) - round(len(sample) * test_size) - 1
-        if sample.times is None:
-            chosen = Split("order", test_size, last=f"{_hashes(sample)[last]:016x}")
-        else:
-            chosen = Split("time", test_size, last=float(sample.times[last]))
+        chosen = Split("time", test_size, last=float(sample.times[last]))
     held_out = chosen.unseen(sample)
     parts = sample.take(~held_out), sample.take(held_out)
     for part, name in zip(parts, ("training", "hold-out"), strict=True):

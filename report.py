@@ -348,12 +348,6 @@ def svg(draw: Any, *given: Any) -> str:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def period(sample: Sample) -> str:
-    if sample.times is None:
-        return "unknown, as no --time-column was given"
-    return " to ".join(map(sample.when, sample.times[[0, -1]]))
-
-
 def page(evidence: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:
     """The report: report.html, which calls the functions of this module."""
     folder = FileSystemLoader(Path(__file__).parent)

@@ -19,7 +19,6 @@ from typing import Any
 from config import Config, prepare, without_credentials
 
 NOT_PROMOTED = 3
-SWITCH = {"action": "store_true"}
 
 
 def _number(low: float, high: float = sys.float_info.max, kind: Any = float) -> Callable[[str], Any]:
@@ -43,7 +42,6 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("rows", {"type": _number(1, kind=int), "default": 250_000}, "how many to generate"),
     ("test-size", {"type": _number(0.01, 0.9), "default": 0.2}, "share of the rows that are held out to measure on"),
     ("time-column", {}, "hold out the latest rows by this column, not a random share"),
-    ("in-order", SWITCH, "the same, where the rows are in the order of time"),
     ("seed", {"type": _number(0, 2**32 - 1, int), "default": 0}, "of generation and search, not of the hold-out"),
     ("trees", {"type": _number(1, kind=int), "default": 150}, "more take longer to score"),
     ("budget", {"type": _number(1, kind=int), "default": 8}, "settings compared: each size of tree, then random ones"),
@@ -54,7 +52,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("name", {"type": _name, "default": "fraud-detector"}, "registered model"),
     ("release", {"type": _name}, "tag of the version, such as v1.2.3, that predictions are signed with"),
     ("promote", {"choices": ["if-better", "always", "never"], "default": "if-better"}, "whether it becomes champion"),
-    ("if-missing", SWITCH, "do nothing if there is a champion"),
+    ("if-missing", {"action": "store_true"}, "do nothing if there is a champion"),
     ("purpose", {"default": "rank card transactions for review by people"}, "what the model is for"),
     ("owner", {"default": "not named"}, "who answers for the model"),
     ("approver", {"default": "not named"}, "who approves its use"),
@@ -71,9 +69,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     found = parser.parse_args(words)
     if found.command == "rollback" and found != parser.parse_args(["rollback", f"--name={found.name}"]):
         parser.error("rollback takes no option but --name")
-    if found.time_column and (found.in_order or not found.data):
-        parser.error("--time-column: expected with --data and without --in-order")
-    found.by_time = bool(found.in_order or found.time_column)
+    if found.time_column and not found.data:
+        parser.error("--time-column: expected with --data")
     if found.decide_by == "expected-cost" and (found.cost_missed is not None or not found.cost_review):
         parser.error("--decide-by expected-cost: expected without --cost-missed and with a --cost-review above 0")
     return found
@@ -168,7 +165,7 @@ def search(sample: Sample, options: argparse.Namespace) -> tuple[dict[str, Any],
     """
     random = ParameterSampler(SPACE, max(options.budget - len(START), 0), random_state=options.seed)
     candidates, few = [*START, *random], sample.evenly(SEARCH_ROWS)
-    splitter = TimeSeriesSplit(FOLDS) if options.by_time else StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=0) if few.times is None else TimeSeriesSplit(FOLDS)
     every = splitter.split(few.rows, few.labels)
     folds = [fold for fold in every if all(few.labels[rows].sum() >= data.FEWEST_IN_PART for rows in fold)]
     if not folds:
@@ -293,7 +290,7 @@ def evaluate(
 
 def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_out: Sample) -> None:
     """Log options, counts of rows, SHA-256 of the file, package versions and data sets."""
-    left_out = {"command", "if_missing", "by_time", "rows" if options.data else "data"}
+    left_out = {"command", "if_missing", "rows" if options.data else "data"}
     given = {name: value for name, value in vars(options).items() if name not in left_out}
     given["cost_missed"] = options.cost_missed if options.cost_missed is not None else "amount"
     given |= {f"split_{name}": value for name, value in msgspec.to_builtins(how).items() if name != "test_size"}
@@ -323,10 +320,10 @@ def run(options: argparse.Namespace, config: Config) -> int:
     if options.if_missing and CHAMPION in versions.aliases(options.name):
         return 0
     versions.check_release(options)
-    path, ordered = options.data, options.by_time
+    path = options.data
     say(f"reading {path}" if path else f"generating {options.rows:,} transactions")
-    sample = data.read(Path(path), options.time_column, ordered) if path else data.generate(options.rows, options.seed)
-    training, held_out, how = data.split(sample, options.test_size, ordered)
+    sample = data.read(Path(path), options.time_column) if path else data.generate(options.rows, options.seed)
+    training, held_out, how = data.split(sample, options.test_size)
     number, champion, held_out = versions.champion_of(options, config, sample, held_out)
     for line in (*sample.notes, f"{len(sample):,} transactions, {sample.labels.sum():,} of them fraud"):
         say(line)

@@ -247,7 +247,7 @@ def test_a_column_that_looks_like_a_time(tmp_path: Path, times: object) -> None:
         path = written(tmp_path, TABLE.assign(**{name: times, "plate": "B-7", "merchant_lat": 52.5}), "t.csv")
         [note] = read(path).notes
         assert note.startswith(f"WARNING: {name} looks like a time, and --time-column is not given: ")
-        assert read(path, name).notes == read(path, None, ordered=True).notes == ()
+        assert read(path, name).notes == ()
     assert read(written(tmp_path, TABLE.assign(status="ok", rate=0.5), "t.csv")).notes == ()
 
 
@@ -256,11 +256,9 @@ def test_a_column_that_looks_like_a_time(tmp_path: Path, times: object) -> None:
 
 def test_split_by_time() -> None:
     """What is held out is later than what is trained on, also where many rows have the same time."""
-    training, held_out, how = split(SAMPLE, 0.25, in_order=True)
-    assert (len(training), len(held_out), how.mode) == (9000, 3000, "order")
-    pd.testing.assert_frame_equal(pd.concat([training.rows, held_out.rows]), SAMPLE.rows)
     timed = data.replace(SAMPLE, times=np.arange(12_000) // 7.0)
-    training, held_out, how = split(timed, 0.25, in_order=True)
+    training, held_out, how = split(timed, 0.25)
+    pd.testing.assert_frame_equal(pd.concat([training.rows, held_out.rows]), SAMPLE.rows)
     assert how == Split("time", 0.25, last=float(training.times.max()))
     assert training.times.max() < held_out.times.min()
     assert 0 <= 3000 - len(held_out) < 7
@@ -293,12 +291,11 @@ def test_the_hash_is_the_one_that_is_recorded() -> None:
 
 def test_what_a_model_has_not_seen() -> None:
     """Item 6: of each kind of split, also in a file that has grown or was cut; else it is refused with a sentence."""
-    older, newer = SAMPLE.take(np.arange(8000)), SAMPLE.take(np.arange(2000, 12_000))
-    training, _, how = split(older, 0.2, in_order=True)
-    assert not {*training.rows.index} & {*newer.take(how.unseen(newer)).rows.index}
-    assert how.unseen(newer).sum() == 12_000 - 6400
     timed = data.replace(SAMPLE, times=np.arange(12_000.0))
-    by_time = split(timed.take(np.arange(8000)), 0.2, in_order=True)[2]
+    older, newer = timed.take(np.arange(8000)), timed.take(np.arange(2000, 12_000))
+    training, _, by_time = split(older, 0.2)
+    assert not {*training.rows.index} & {*newer.take(by_time.unseen(newer)).rows.index}
+    assert by_time.unseen(newer).sum() == 12_000 - 6400
     np.testing.assert_array_equal(by_time.unseen(timed), timed.times > 6399)
     np.testing.assert_array_equal(
         Split("hash", 0.3).unseen(SAMPLE) & Split("hash", 0.2).unseen(SAMPLE), Split("hash", 0.2).unseen(SAMPLE)
@@ -306,8 +303,7 @@ def test_what_a_model_has_not_seen() -> None:
     for record, sample in (
         (Split("hash", 0.2, key="another"), SAMPLE),
         (by_time, SAMPLE),
-        (how, timed),
-        (how, SAMPLE.take(np.arange(7000, 12_000))),
+        (Split("order", 0.2, last="85728e2ad1b67702"), SAMPLE),  # of a version made before
     ):
         with pytest.raises(DataError, match=r"^which rows were seen cannot be told: split by \w+, key [\w -]+$"):
             record.unseen(sample)
@@ -315,11 +311,11 @@ def test_what_a_model_has_not_seen() -> None:
 
 def test_a_part_without_fraud() -> None:
     """A hold-out in which there is next to no fraud measures nothing."""
-    ordered = SAMPLE.take(np.argsort(-SAMPLE.labels, kind="stable"))
+    ordered = data.replace(SAMPLE.take(np.argsort(-SAMPLE.labels, kind="stable")), times=np.arange(12_000.0))
     with pytest.raises(
         DataError, match=r"^is_fraud: 0 of 2,400 hold-out rows are 1: expected at least 10 of 0 and of 1$"
     ):
-        split(ordered, 0.2, in_order=True)
+        split(ordered, 0.2)
 
 
 # -- what travels with a model -----------------------------------------------------------------------------------------

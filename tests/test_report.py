@@ -130,10 +130,10 @@ def test_for_the_business() -> None:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def measured(sample: Sample, *words: str) -> Evidence:
+def measured(sample: Sample) -> Evidence:
     card = ("--owner", "Risk <1>", "--purpose", "rank transfers")
-    options = train.arguments(["--trees", "10", "--budget", "1", *card, *words])
-    training, held_out, _ = data.split(sample, 0.4, options.by_time)
+    options = train.arguments(["--trees", "10", "--budget", "1", *card])
+    training, held_out, _ = data.split(sample, 0.4)
     with few_resamples():
         return train.evaluate(options, sample, training, held_out, None)
 
@@ -166,7 +166,7 @@ def dated() -> Evidence:
         .astype("int64")
         .to_numpy(float)
     )
-    found = measured(data.replace(sample, rows=rows, times=times, dated=True), "--in-order")
+    found = measured(data.replace(sample, rows=rows, times=times, dated=True))
     champion = data.replace(found.models[NEW], name=CHAMPION)
     return data.replace(
         found, models=found.models | {CHAMPION: champion}, rounds=found.rounds | {CHAMPION: found.rounds[NEW]}

@@ -35,6 +35,7 @@ from report import CHAMPION, NEW, Evidence, Rule, Scored, cost_curve
 from train import BASELINE
 
 SAMPLE = data.generate(12_000, seed=4)
+TIMED = data.replace(SAMPLE, times=np.arange(12_000.0))
 TABLE = SAMPLE.rows.assign(is_fraud=SAMPLE.labels, transaction_id=[f"tx_{row}" for row in range(12_000)])
 SMALL = ("--trees", "20", "--budget", "1")
 MEASURES = [
@@ -108,7 +109,9 @@ def test_all_training_rows_are_fitted(fitted: dict[str, object], parts: tuple[Sa
     np.testing.assert_array_equal(*(model.predict_proba(held_out.rows) for model in (again, fitted["pipeline"])))
 
 
-def search(monkeypatch: pytest.MonkeyPatch, best: int, *words: str) -> tuple[list[dict[str, float]], dict[str, float]]:
+def search(
+    monkeypatch: pytest.MonkeyPatch, sample: Sample, best: int, *words: str
+) -> tuple[list[dict[str, float]], dict[str, float]]:
     """The settings that a search looks at, and what it takes, if number `best` of them scores best."""
     seen = []
 
@@ -128,20 +131,20 @@ def search(monkeypatch: pytest.MonkeyPatch, best: int, *words: str) -> tuple[lis
 
     monkeypatch.setattr(train, "pipeline", pipeline)
     monkeypatch.setattr(train, "Parallel", lambda *_, **__: lambda jobs: (job[0](*job[1], **job[2]) for job in jobs))
-    taken, _, _ = train.search(SAMPLE, train.arguments([*words]))
+    taken, _, _ = train.search(sample, train.arguments([*words]))
     return seen, taken
 
 
-@pytest.mark.parametrize("words", [[], ["--in-order"]])
-def test_every_size_is_looked_at(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+@pytest.mark.parametrize("sample", [SAMPLE, TIMED], ids=["by hash", "by time"])
+def test_every_size_is_looked_at(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> None:
     """Item 3: one setting of each size comes first with every seed and budget, then random ones; the best is taken."""
     for budget, seed in (("1", "0"), ("6", "0"), ("6", "1")):
-        seen, taken = search(monkeypatch, 2, "--budget", budget, "--seed", seed, *words)
+        seen, taken = search(monkeypatch, sample, 2, "--budget", budget, "--seed", seed)
         assert [settings["max_leaf_nodes"] for settings in seen[:4]] == [8, 16, 31, 63]
         assert seen[:4] == train.START
         assert len(seen) == max(4, int(budget))
         assert taken == seen[2]
-    again, taken = search(monkeypatch, 5, "--budget", "6", "--seed", "0", *words)
+    again, taken = search(monkeypatch, sample, 5, "--budget", "6", "--seed", "0")
     assert again[4:] != seen[4:]
     assert taken == again[5]
 
@@ -174,14 +177,14 @@ def test_a_random_setting_has_to_be_clearly_better(
 
 def test_search_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row is scored by a model of other rows, in order of time of earlier ones; too little fraud is an error."""
-    options = train.arguments([*SMALL, "--in-order"])
+    options = train.arguments([*SMALL])
     monkeypatch.setattr(train, "START", train.START[:1])
-    _, rows, scores = train.search(SAMPLE, options)
+    _, rows, scores = train.search(TIMED, options)
     assert len(rows) == len(scores) == 9000
     pd.testing.assert_frame_equal(rows.rows, SAMPLE.rows[3000:])
     first = train.pipeline(20, 0).fit(SAMPLE.rows[:3000], SAMPLE.labels[:3000])
     np.testing.assert_array_equal(scores[:3000], first.predict_proba(SAMPLE.rows[3000:6000])[:, 1])
-    late = SAMPLE.take(np.argsort(SAMPLE.labels, kind="stable"))
+    late = data.replace(SAMPLE.take(np.argsort(SAMPLE.labels, kind="stable")), times=TIMED.times)
     with pytest.raises(DataError, match=r"^is_fraud: too few of the earlier rows are 1 to validate on later ones$"):
         train.search(late, options)
 
@@ -713,7 +716,6 @@ def test_the_service_needs_none_of_it() -> None:
         ["--colour"],
         ["undo"],
         ["--time-column", "hour"],
-        ["--in-order", "--data", "x.csv", "--time-column", "hour"],
         ["rollback", "--seed", "1"],
         ["--name", "a/b"],
         ["--cost-review", "inf"],
@@ -734,6 +736,6 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.arguments(["--help"])
     shown = capsys.readouterr().out
-    for name in {*vars(train.arguments([]))} - {"by_time"}:
+    for name in {*vars(train.arguments([]))}:
         flag = name if name == "command" else "--" + name.replace("_", "-")
         assert name == "command" or re.search(rf"^  {flag}\b.*\n?\s+\w", shown, re.M), flag
