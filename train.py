@@ -324,7 +324,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     say(f"reading {path}" if path else f"generating {options.rows:,} transactions")
     sample = data.read(Path(path), options.time_column) if path else data.generate(options.rows, options.seed)
     training, held_out, how = data.split(sample, options.test_size)
-    number, champion, held_out = versions.champion_of(options, config, sample, held_out)
+    number, champion, held_out = versions.champion_of(options, config, held_out)
     for line in (*sample.notes, f"{len(sample):,} transactions, {sample.labels.sum():,} of them fraud"):
         say(line)
     with mlflow.start_run():
@@ -377,11 +377,14 @@ def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]
 
 
 def main() -> int | str:
-    """Return the exit status or an error message."""
+    """Train, or roll back; return the exit status or an error message."""
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     try:
+        if options.command == "rollback":
+            versions.rollback(options.name)
+            return 0
         with versions.still():
-            return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
+            return run(options, config)
     except (DataError, ModelError, MlflowException, OSError, SQLAlchemyError) as error:
         return f"train: {config.mask(str(error).partition(chr(10))[0])}"
 

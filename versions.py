@@ -42,13 +42,11 @@ def still() -> Iterator[None]:
         while not done.wait(EVERY):
             say(f"still running, {time.monotonic() - started:.0f} s")
 
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
+    threading.Thread(target=tell, daemon=True).start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
 
 
 def use_experiment(name: str, tracking_uri: str) -> None:
@@ -107,15 +105,12 @@ def promote(name: str, version: str, champion: str | None) -> None:
     say(f"{name}: champion is version {version}" + (f", previous is version {champion}" if champion else ""))
 
 
-def rollback(name: str) -> int:
-    """Exchange champion and previous; return the exit status. Raises `ModelError` if one is missing."""
+def rollback(name: str) -> None:
+    """Exchange champion and previous. Raises `ModelError` if one is missing."""
     found = aliases(name)
     if not {CHAMPION, PREVIOUS} <= {*found}:
         raise ModelError(f"{name} has no version to roll back to: its aliases are {found or 'none'}")
-    MlflowClient().set_registered_model_alias(name, CHAMPION, found[PREVIOUS])
-    MlflowClient().set_registered_model_alias(name, PREVIOUS, found[CHAMPION])
-    say(f"{name}: champion is version {found[PREVIOUS]} again, previous is version {found[CHAMPION]}")
-    return 0
+    promote(name, found[PREVIOUS], found[CHAMPION])
 
 
 def as_served(name: str, number: str, config: Config) -> Model:
@@ -128,9 +123,7 @@ def as_served(name: str, number: str, config: Config) -> Model:
         shutil.rmtree(folder)
 
 
-def champion_of(
-    options: Namespace, config: Config, sample: Sample, held_out: Sample
-) -> tuple[str | None, Model | None, Sample]:
+def champion_of(options: Namespace, config: Config, held_out: Sample) -> tuple[str | None, Model | None, Sample]:
     """The champion's number, the champion if it can be compared with, and the rows to compare on. Raises `ModelError`.
 
     These rows are held out by the new version and were not used to train the champion.
@@ -141,8 +134,7 @@ def champion_of(
     try:
         if not (tag := MlflowClient().get_model_version(options.name, number).tags.get("split")):
             raise DataError("it has no record of the rows it was trained on (tag split)")
-        unseen = sample.take(msgspec.json.decode(tag, type=Split).unseen(sample))
-        both = held_out.take(held_out.rows.index.isin(unseen.rows.index))
+        both = held_out.take(msgspec.json.decode(tag, type=Split).unseen(held_out))
         if both.labels.sum() < FEWEST_IN_PART:
             raise DataError(f"of {len(both):,} rows that neither has seen {both.labels.sum()} are fraud")
         say(f"comparing with version {number} on {len(both):,} of {len(held_out):,} rows held out, unseen by both")
