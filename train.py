@@ -347,9 +347,7 @@ def publish(evidence: Evidence, how: Split, passed: bool, verdict: list[str]) ->
     """Register the version with its metadata, tags and description; return its number."""
     say("registering")
     options, measured = evidence.options, evidence.rounds[NEW].iloc[0].to_dict()
-    reference = data.reference(evidence.training, evidence.models[NEW].probabilities)
-    known = {"metrics": measured, "reference": reference}
-    metadata = versions.metadata(evidence.pipeline, evidence.held_out.rows, evidence.rules[options.decide_by], **known)
+    rule = evidence.rules[options.decide_by]
     tags = {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
     tags |= {name: getattr(options, name) for name in ("promote", "decide_by", "owner", "approver")}
     tags |= {"release": options.release} if options.release else {}
@@ -357,7 +355,10 @@ def publish(evidence: Evidence, how: Split, passed: bool, verdict: list[str]) ->
         user = mlflow.active_run().data.tags.get("mlflow.user")  # type: ignore[union-attr]
         tags["override"] = f"promoted by {user} against the gate: {'; '.join(verdict)}"
     tags |= {name: f"{value:.6g}" for name, value in measured.items()}
-    return versions.register(evidence.pipeline, metadata, options.name, tags, "  \n".join(verdict))
+    known = {rule.by: rule.limit, "metrics": measured}
+    known["reference"] = data.reference(evidence.training, evidence.models[NEW].probabilities)
+    about = "  \n".join(verdict)
+    return versions.register(evidence.pipeline, evidence.held_out.rows, options.name, tags, about, **known)
 
 
 def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]) -> None:

@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline
 from config import Config
 from data import FEWEST_IN_PART, DataError, Sample, Split
 from model import SIGNATURE, TRUSTED_TYPES, Golden, Metadata, Model, ModelError, fetch, load, new_folder
-from report import CHAMPION, Rule
+from report import CHAMPION
 
 PREVIOUS = "previous"
 GOLDEN_ROWS = 8
@@ -67,30 +67,28 @@ def aliases(name: str) -> dict[str, str]:
     return {alias: str(number) for model in found for alias, number in model.aliases.items()}
 
 
-def metadata(model: Pipeline, rows: pd.DataFrame, rule: Rule | float, **others: Any) -> Metadata:
-    """The metadata of a version. The golden rows are spread from the lowest to the highest score."""
-    rule, scores = rule if isinstance(rule, Rule) else Rule("threshold", rule), model.predict_proba(rows)[:, 1]
+def register(
+    model: Pipeline, rows: pd.DataFrame, name: str, tags: dict[str, str] | None = None, about: str = "", **known: Any
+) -> str:
+    """Log a model with the signature and the metadata that the service needs, register it, return its version number.
+
+    The metadata are what is `known` and golden rows, spread from the lowest to the highest score.
+    """
+    scores = model.predict_proba(rows)[:, 1]
     chosen = np.argsort(scores)[np.linspace(0, len(scores) - 1, GOLDEN_ROWS).astype(int)]
     golden = [Golden(**rows.iloc[index].to_dict(), fraud_probability=float(scores[index])) for index in chosen]
-    return Metadata(golden, **others | {rule.by: rule.limit})
-
-
-def register(
-    model: Pipeline, travelling: Metadata, name: str, tags: dict[str, str] | None = None, description: str = ""
-) -> str:
-    """Log a model with the signature and metadata that the service needs, register it, return its version number."""
     logged = mlflow.sklearn.log_model(
         model,
         name="model",
         signature=ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE])),
-        metadata=msgspec.to_builtins(travelling),
+        metadata=msgspec.to_builtins(Metadata(golden, **known)),
         pyfunc_predict_fn="predict_proba",
         serialization_format="skops",
         skops_trusted_types=sorted(TRUSTED_TYPES),
         pip_requirements=mlflow.sklearn.get_default_pip_requirements(include_skops=True),  # guessing them takes seconds
     )
     version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
-    MlflowClient().update_model_version(name, version, description)
+    MlflowClient().update_model_version(name, version, about)
     return version
 
 
