@@ -383,11 +383,8 @@ def main() -> int | str:
     """Train, or roll back; return the exit status or an error message."""
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     try:
-        if options.command == "rollback":
-            versions.rollback(options.name)
-            return 0
         with versions.still():
-            return run(options, config)
+            return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
     except (DataError, ModelError, MlflowException, OSError, SQLAlchemyError) as error:
         return f"train: {config.mask(str(error).partition(chr(10))[0])}"
 

@@ -103,12 +103,13 @@ def promote(name: str, version: str, champion: str | None) -> None:
     say(f"{name}: champion is version {version}" + (f", previous is version {champion}" if champion else ""))
 
 
-def rollback(name: str) -> None:
-    """Exchange champion and previous. Raises `ModelError` if one is missing."""
+def rollback(name: str) -> int:
+    """Exchange champion and previous; return the exit status. Raises `ModelError` if one is missing."""
     found = aliases(name)
     if not {CHAMPION, PREVIOUS} <= {*found}:
         raise ModelError(f"{name} has no version to roll back to: its aliases are {found or 'none'}")
     promote(name, found[PREVIOUS], found[CHAMPION])
+    return 0
 
 
 def as_served(name: str, number: str, config: Config) -> Model:
