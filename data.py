@@ -7,10 +7,12 @@ rows a model has never seen.
 import gzip
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -26,9 +28,11 @@ RULES: dict[str, dict[str, Any]] = {
 }
 # "" and "NA" are text, not missing values; a surplus cell is an error.
 CSV: Any = {"dtype": {CATEGORY: str, ID: str}, "keep_default_na": False, "low_memory": False, "index_col": False}
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, NotImplementedError, zlib.error, pd.errors.ParserWarning)
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what errors="surrogateescape" makes of bytes not in UTF-8
 TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
+SECONDS = (946_684_800, 4_102_444_800)  # since 1970, of the years from 2000 to 2099
 FEWEST = 100  # rows of either class, to train and measure on
 FEWEST_IN_PART = 10
 MOST_CATEGORIES = 1000  # that monitoring knows; more are probably merchants, not categories
@@ -65,6 +69,10 @@ class Sample:
         truth, times = (None if each is None else each[chosen] for each in (self.truth, self.times))
         return replace(self, rows=self.rows.iloc[chosen], labels=self.labels[chosen], truth=truth, times=times)
 
+    def when(self, time: float) -> str:
+        """A time as people read it: as a date, where times are dates."""
+        return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC" if self.dated else str(float(time))
+
     def evenly(self, most: int) -> "Sample":
         """At most `most` rows, evenly spaced from the first to the last."""
         return self.take(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int))
@@ -73,20 +81,20 @@ class Sample:
 # -- from a file -------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, time_column: str | None = None, ordered: bool = False) -> Sample:
+def read(path: Path, time_column: str | None = None) -> Sample:
     """The transactions of a file, in its order or that of the time column. Raises `DataError`."""
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             table = _table(path)
         columns = {name: _typed(table[name], rule["type"]) for name, rule in RULES.items() if name in table}
         times, dated = _moments(table[time_column]) if time_column in table else (None, False)
-    except (OSError, EOFError, ValueError, TypeError, NotImplementedError, pd.errors.ParserWarning) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
     if found := [*_faults(table, columns, time_column, times)]:
         raise DataError(f"{path} cannot be trained on: {'; '.join(found)}")
     rows = pd.DataFrame({name: columns[name].to_numpy(DTYPES[kind]) for name, kind in SIGNATURE})
     rows[[*MONEY]] = rows[[*MONEY]].clip(-LARGEST, LARGEST)  # as the service does
-    labels, notes = columns[LABEL].to_numpy(np.int64), tuple(_notes(table, rows, ordered or times is not None))
+    labels, notes = columns[LABEL].to_numpy(np.int64), tuple(_notes(table, rows, time_column))
     if times is None:
         return Sample(rows, labels, notes=notes)
     return Sample(rows, labels, None, times.to_numpy(), dated, notes).take(np.argsort(times, kind="stable"))
@@ -103,6 +111,8 @@ def _table(path: Path) -> pd.DataFrame:
             if found := NO_TEXT.search(line):
                 what = f"it has the byte {found[0].encode(errors='surrogateescape')!r}"
                 raise ValueError(f"line {number:,} is not text in UTF-8, the encoding expected: {what}")
+            if number == 1 and "," not in line and (found := re.search("[;\t|]", line)):
+                raise ValueError(f"its columns seem to be separated by {found[0]!r}: expected commas")
     return pd.read_csv(path, **CSV)
 
 
@@ -118,13 +128,13 @@ def _typed(column: Column, kind: str) -> Column:
 def _moments(column: Column) -> tuple[Column, bool]:
     """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether nearly all are dates.
 
-    Dates without a zone are UTC.
+    Dates without a zone are UTC. Numbers that would be dates of this century are taken for seconds since 1970.
     """
     numbers = _typed(column, "number")
-    if numbers.notna().any() or column.dtype.kind == "b":
-        return numbers, False
+    if numbers.notna().any() or column.dtype.kind in "bm":
+        return numbers, bool(numbers.between(*SECONDS).mean() > 0.9)
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
-    seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp("1970-01-01", tz="UTC")).dt.total_seconds()
     return seconds, bool(moments.notna().mean() > 0.9)
 
 
@@ -136,8 +146,6 @@ def _faults(
     if missing := [f"{name}: the column is missing" for name in needed if name not in table]:
         yield from missing
         yield f"the file has the columns {', '.join(map(str, table.columns))[:300]}"
-        if len(table.columns) == 1 and (found := re.search("[;\t|]", str(table.columns[0]))):
-            yield f"its columns seem to be separated by {found[0]!r}: expected commas"
     yield from (f"{name}: there are two such columns" for name in [*needed, ID] if f"{name}.1" in table)
     checks = [(name, _keeps(column, RULES[name]), RULES[name]["description"]) for name, column in columns.items()]
     if ID in columns:
@@ -164,13 +172,13 @@ def _keeps(column: Column, rule: dict[str, Any]) -> Column:
     return within & (column % rule["multipleOf"] == 0) if "multipleOf" in rule else within
 
 
-def _notes(table: pd.DataFrame, rows: pd.DataFrame, ordered: bool) -> Iterator[str]:
+def _notes(table: pd.DataFrame, rows: pd.DataFrame, time_column: str | None) -> Iterator[str]:
     """Sentences about what training accepts but a reader of the report must know."""
     if (kinds := rows[CATEGORY].nunique()) > MOST_ENCODED:
         yield f"{kinds:,} values of {CATEGORY}: the {kinds - MOST_ENCODED + 1:,} rarest are taken as one"
     if kinds > MOST_CATEGORIES:
         yield f"WARNING: {kinds:,} values of {CATEGORY} look like identifiers, not kinds"
-    others = [] if ordered else [str(name) for name in table.columns if name not in RULES]
+    others = [] if time_column else [str(name) for name in table.columns if name not in RULES]
     if found := [name for name in others if re.search(TIME_NAME, name) or _moments(table[name].head(1000))[1]]:
         yield (
             f"WARNING: {', '.join(found)} looks like a time, and --time-column is not given: "
@@ -240,9 +248,9 @@ def generate(rows: int, seed: int) -> Sample:
 
 
 class Split(msgspec.Struct, frozen=True):
-    """How rows were held out; recorded with a version. `last` is the time or the hash of the latest training row."""
+    """How rows were held out, by "hash" or "time"; recorded with a version. `last` is the latest time in training."""
 
-    mode: Literal["hash", "time", "order"]
+    mode: str
     test_size: float
     key: str = KEY
     last: float | str | None = None
@@ -253,11 +261,7 @@ class Split(msgspec.Struct, frozen=True):
             return np.asarray(pd.util.hash_array(_hashes(sample)) / 2.0**64 < self.test_size)
         if self.mode == "time" and sample.times is not None:
             return np.asarray(sample.times > float(self.last or 0))
-        if self.key == KEY and self.mode == "order" and sample.times is None:
-            same = np.flatnonzero(_hashes(sample) == np.uint64(int(str(self.last), 16)))
-            if len(same):
-                return np.asarray(np.arange(len(sample)) > same[-1])
-        raise DataError(f"which rows were seen cannot be told: split by {self.mode}, key {self.key}, to {self.last}")
+        raise DataError(f"which rows were seen cannot be told: split by {self.mode}, key {self.key}")
 
 
 def _hashes(sample: Sample) -> np.ndarray:
@@ -265,15 +269,12 @@ def _hashes(sample: Sample) -> np.ndarray:
     return np.asarray(pd.util.hash_pandas_object(sample.rows, index=False, hash_key=KEY))
 
 
-def split(sample: Sample, test_size: float, in_order: bool = False) -> tuple[Sample, Sample, Split]:
-    """Split into training rows and hold-out: the latest rows if they are in order of time, else chosen by hash."""
+def split(sample: Sample, test_size: float) -> tuple[Sample, Sample, Split]:
+    """Split into training rows and hold-out: the latest rows if their times are known, else chosen by hash."""
     chosen = Split("hash", test_size)
-    if in_order:
+    if sample.times is not None:
         last = len(sample) - round(len(sample) * test_size) - 1
-        if sample.times is None:
-            chosen = Split("order", test_size, last=f"{_hashes(sample)[last]:016x}")
-        else:
-            chosen = Split("time", test_size, last=float(sample.times[last]))
+        chosen = Split("time", test_size, last=float(sample.times[last]))
     held_out = chosen.unseen(sample)
     parts = sample.take(~held_out), sample.take(held_out)
     for part, name in zip(parts, ("training", "hold-out"), strict=True):

@@ -33,6 +33,7 @@ NAMES = {
     "roc_auc": "ROC AUC",
     "cost": "Cost per 1,000 transactions",
     "cost_of_flagging_nothing": "Cost per 1,000 if nothing is flagged",
+    "split_last": "Last training row",
     "data_sha256": "SHA-256 of the data",
 }
 
@@ -237,7 +238,7 @@ def segments(evidence: Evidence) -> pd.DataFrame:
         for segment, at in rows.groupby(values, observed=True).indices.items():
             new, frauds = models[""], fraud[at].sum()
             row = {"rows": f"{len(at):,}", "frauds": f"{frauds:,}", "expected": f"{new.probabilities[at].sum():,.0f}"}
-            row["alert rate"] = f"{new.flagged[at].mean():.2%}"
+            row["alert rate"] = share(new.flagged[at])
             row["precision"] = share(fraud[at][new.flagged[at]]) if frauds >= FEWEST else "too few"
             for name, model in models.items():
                 row["recall" + name] = share(model.flagged[at][fraud[at]]) if frauds >= FEWEST else "too few"
@@ -254,8 +255,8 @@ def _cut(values: Any, edges: Any) -> Any:
 def by_period(sample: Sample, probabilities: Floats, rule: Rule) -> pd.DataFrame:
     """Measures by month if times are dates, else by fifth of the rows in order of time."""
     period = np.array([f"fifth {n + 1}" for n in 5 * np.arange(len(sample)) // len(sample)])
-    if sample.dated:
-        period = pd.to_datetime(sample.times, unit="s").strftime("%Y-%m").to_numpy()
+    if sample.dated and sample.times is not None:
+        period = np.datetime_as_string(sample.times.astype("datetime64[s]"), unit="M")
     flagged, found = rule.flags(probabilities, sample), {}
     for name, at in pd.Series(period).groupby(period).indices.items():
         p, labels = probabilities[at], sample.labels[at]
@@ -345,13 +346,6 @@ def svg(draw: Any, *given: Any) -> str:
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
-
-
-def period(sample: Sample) -> str:
-    if sample.times is None:
-        return "unknown, as no --time-column was given"
-    ends = sample.times[[0, -1]]
-    return " to ".join(pd.to_datetime(ends, unit="s").strftime("%Y-%m-%d") if sample.dated else map(str, ends))
 
 
 def page(evidence: Evidence, title: str, verdict: str, checks: list[str], made: dict[str, Any]) -> str:

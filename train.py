@@ -19,7 +19,6 @@ from typing import Any
 from config import Config, prepare, without_credentials
 
 NOT_PROMOTED = 3
-SWITCH = {"action": "store_true"}
 
 
 def _number(low: float, high: float = sys.float_info.max, kind: Any = float) -> Callable[[str], Any]:
@@ -43,7 +42,6 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("rows", {"type": _number(1, kind=int), "default": 250_000}, "how many to generate"),
     ("test-size", {"type": _number(0.01, 0.9), "default": 0.2}, "share of the rows that are held out to measure on"),
     ("time-column", {}, "hold out the latest rows by this column, not a random share"),
-    ("in-order", SWITCH, "the same, where the rows are in the order of time"),
     ("seed", {"type": _number(0, 2**32 - 1, int), "default": 0}, "of generation and search, not of the hold-out"),
     ("trees", {"type": _number(1, kind=int), "default": 150}, "more take longer to score"),
     ("budget", {"type": _number(1, kind=int), "default": 8}, "settings compared: each size of tree, then random ones"),
@@ -54,7 +52,8 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("name", {"type": _name, "default": "fraud-detector"}, "registered model"),
     ("release", {"type": _name}, "tag of the version, such as v1.2.3, that predictions are signed with"),
     ("promote", {"choices": ["if-better", "always", "never"], "default": "if-better"}, "whether it becomes champion"),
-    ("if-missing", SWITCH, "do nothing if there is a champion"),
+    ("if-missing", {"action": "store_true"}, "do nothing if there is a champion"),
+    ("purpose", {"default": "rank card transactions for review by people"}, "what the model is for"),
     ("owner", {"default": "not named"}, "who answers for the model"),
     ("approver", {"default": "not named"}, "who approves its use"),
 ]
@@ -70,9 +69,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     found = parser.parse_args(words)
     if found.command == "rollback" and found != parser.parse_args(["rollback", f"--name={found.name}"]):
         parser.error("rollback takes no option but --name")
-    if found.time_column and (found.in_order or not found.data):
-        parser.error("--time-column: expected with --data and without --in-order")
-    found.by_time = bool(found.in_order or found.time_column)
+    if found.time_column and not found.data:
+        parser.error("--time-column: expected with --data")
     if found.decide_by == "expected-cost" and (found.cost_missed is not None or not found.cost_review):
         parser.error("--decide-by expected-cost: expected without --cost-missed and with a --cost-review above 0")
     return found
@@ -93,6 +91,7 @@ from pathlib import Path
 import mlflow
 import msgspec
 import numpy as np
+import pyarrow
 from joblib import Parallel, delayed
 from mlflow.exceptions import MlflowException
 from scipy.special import logit
@@ -112,7 +111,7 @@ import versions
 from data import LABEL, DataError, Sample, Split
 from model import CATEGORY, Features, Model, ModelError
 from report import BASELINE, CHAMPION, NEW, WITHOUT_AGE, Evidence, Rule, Scored, readable
-from versions import say, still
+from versions import say
 
 SEARCH_ROWS = 200_000
 FOLDS = 3
@@ -167,7 +166,7 @@ def search(sample: Sample, options: argparse.Namespace) -> tuple[dict[str, Any],
     """
     random = ParameterSampler(SPACE, max(options.budget - len(START), 0), random_state=options.seed)
     candidates, few = [*START, *random], sample.evenly(SEARCH_ROWS)
-    splitter = TimeSeriesSplit(FOLDS) if options.by_time else StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=0) if few.times is None else TimeSeriesSplit(FOLDS)
     every = splitter.split(few.rows, few.labels)
     folds = [fold for fold in every if all(few.labels[rows].sum() >= data.FEWEST_IN_PART for rows in fold)]
     if not folds:
@@ -236,7 +235,8 @@ def gate(evidence: Evidence, champion: str | None) -> tuple[bool, list[str]]:
     checks = [(factor <= report.MISCALIBRATED, f"calibrated: expected and actual frauds are {off}")]
     if champion:
         checks.append((low[0] > 0, f"more precise than version {champion} beyond noise: average precision {gain}"))
-        checks.append((low[1] <= 0, f"as cheap as version {champion} within noise: cost per 1,000 {extra}"))
+        cheap = f"cheaper than version {champion} beyond" if high[1] < 0 else f"as cheap as version {champion} within"
+        checks.append((low[1] <= 0, f"{cheap} noise: cost per 1,000 {extra}"))
     else:
         saved = new["cost_of_flagging_nothing"][0] - new["cost"][0]
         checks.append((gains.iloc[0, 0] > 0, f"more precise than a {BASELINE}: average precision {gain}"))
@@ -257,8 +257,7 @@ def fit(training: Sample, options: argparse.Namespace) -> tuple[dict[str, Any], 
         delayed(pipeline(options.trees, options.seed, settings).fit)(training.rows.assign(user_age=0), training.labels),
         delayed(logistic_regression().fit)(part.rows, part.labels),
     ]
-    with still("fitting"):
-        trees, ageless, baseline = Parallel(-1, require="sharedmem")(jobs)
+    trees, ageless, baseline = Parallel(-1, require="sharedmem")(jobs)
     cheapest = best_threshold(scores, recalibrated(scores, few), options)
     threshold = data.midpoint(cheapest, trees.predict_proba(training.rows)[:, 1])
     by_cost = Rule("review_cost", review_cost(scores, few, options))
@@ -286,17 +285,18 @@ def evaluate(
     rate = models[NEW].flagged.mean()
     models |= {name: Scored(name, each, each > np.quantile(each, 1 - rate)) for name, each in compared.items()}
     say(f"measuring on {len(held_out):,} rows held out and {RESAMPLES} resamples of them")
-    with still("measuring"):
-        rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
+    rounds = report.bootstrap([*models.values()], held_out, options, RESAMPLES)
     return Evidence(options, sample, training, held_out, models, rounds, **found)
 
 
 def log_inputs(options: argparse.Namespace, how: Split, training: Sample, held_out: Sample) -> None:
     """Log options, counts of rows, SHA-256 of the file, package versions and data sets."""
-    left_out = {"command", "if_missing", "by_time", "rows" if options.data else "data"}
+    left_out = {"command", "if_missing", "rows" if options.data else "data"}
     given = {name: value for name, value in vars(options).items() if name not in left_out}
     given["cost_missed"] = options.cost_missed if options.cost_missed is not None else "amount"
     given |= {f"split_{name}": value for name, value in msgspec.to_builtins(how).items() if name != "test_size"}
+    if isinstance(how.last, float):
+        given["split_last"] = training.when(how.last)
     given["git_commit"] = mlflow.active_run().data.tags.get("mlflow.source.git.commit")  # type: ignore[union-attr]
     for part, name in ((training, "training"), (held_out, "holdout")):
         given |= {f"{name}_rows": len(part), f"{name}_frauds": int(part.labels.sum())}
@@ -321,11 +321,12 @@ def run(options: argparse.Namespace, config: Config) -> int:
     if options.if_missing and CHAMPION in versions.aliases(options.name):
         return 0
     versions.check_release(options)
-    path, ordered = options.data, options.by_time
+    path = options.data
     say(f"reading {path}" if path else f"generating {options.rows:,} transactions")
-    sample = data.read(Path(path), options.time_column, ordered) if path else data.generate(options.rows, options.seed)
-    training, held_out, how = data.split(sample, options.test_size, ordered)
-    number, champion, held_out = versions.champion_of(options, config, sample, held_out)
+    sample = data.read(Path(path), options.time_column) if path else data.generate(options.rows, options.seed)
+    pyarrow.default_memory_pool().release_unused()  # of a file of a million rows 140 MB, which nothing else can use
+    training, held_out, how = data.split(sample, options.test_size)
+    number, champion, held_out = versions.champion_of(options, config, held_out)
     for line in (*sample.notes, f"{len(sample):,} transactions, {sample.labels.sum():,} of them fraud"):
         say(line)
     with mlflow.start_run():
@@ -348,9 +349,7 @@ def publish(evidence: Evidence, how: Split, passed: bool, verdict: list[str]) ->
     """Register the version with its metadata, tags and description; return its number."""
     say("registering")
     options, measured = evidence.options, evidence.rounds[NEW].iloc[0].to_dict()
-    reference = data.reference(evidence.training, evidence.models[NEW].probabilities)
-    known = {"metrics": measured, "reference": reference}
-    metadata = versions.metadata(evidence.pipeline, evidence.held_out.rows, evidence.rules[options.decide_by], **known)
+    rule = evidence.rules[options.decide_by]
     tags = {"gate": "passed" if passed else "failed", "split": msgspec.json.encode(how).decode()}
     tags |= {name: getattr(options, name) for name in ("promote", "decide_by", "owner", "approver")}
     tags |= {"release": options.release} if options.release else {}
@@ -358,7 +357,10 @@ def publish(evidence: Evidence, how: Split, passed: bool, verdict: list[str]) ->
         user = mlflow.active_run().data.tags.get("mlflow.user")  # type: ignore[union-attr]
         tags["override"] = f"promoted by {user} against the gate: {'; '.join(verdict)}"
     tags |= {name: f"{value:.6g}" for name, value in measured.items()}
-    return versions.register(evidence.pipeline, metadata, options.name, tags, "  \n".join(verdict))
+    known = {rule.by: rule.limit, "metrics": measured}
+    known["reference"] = data.reference(evidence.training, evidence.models[NEW].probabilities)
+    about = "  \n".join(verdict)
+    return versions.register(evidence.pipeline, evidence.held_out.rows, options.name, tags, about, **known)
 
 
 def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]) -> None:
@@ -368,18 +370,21 @@ def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]
         suffix = "" if name == NEW else "_" + name.replace(" ", "_")
         mlflow.log_metrics({measure + suffix: float(value) for measure, value in rounds.iloc[0].items()})
     mlflow.log_params(evidence.settings | {rule.by: rule.limit for rule in evidence.rules.values()})
-    run = mlflow.active_run().info.run_id  # type: ignore[union-attr]
-    made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": run} | mlflow.get_run(run).data.params
+    run, where = mlflow.active_run().info, without_credentials(mlflow.get_tracking_uri())  # type: ignore[union-attr]
+    link = f"{where}/#/experiments/{run.experiment_id}/runs/" if where.startswith("http") else ""
+    made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": link + run.run_id}
+    made |= mlflow.get_run(run.run_id).data.params
     title = f"{evidence.options.name} version {version}, {time.strftime('%Y-%m-%d')}"
     mlflow.log_text(report.page(evidence, title, verdict, checks, made), "report.html")
     say(f"report: {without_credentials(mlflow.get_artifact_uri())}/report.html")
 
 
 def main() -> int | str:
-    """Return the exit status or an error message."""
+    """Train, or roll back; return the exit status or an error message."""
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     try:
-        return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
+        with versions.still():
+            return versions.rollback(options.name) if options.command == "rollback" else run(options, config)
     except (DataError, ModelError, MlflowException, OSError, SQLAlchemyError) as error:
         return f"train: {config.mask(str(error).partition(chr(10))[0])}"
 

@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline
 from config import Config
 from data import FEWEST_IN_PART, DataError, Sample, Split
 from model import SIGNATURE, TRUSTED_TYPES, Golden, Metadata, Model, ModelError, fetch, load, new_folder
-from report import CHAMPION, Rule
+from report import CHAMPION
 
 PREVIOUS = "previous"
 GOLDEN_ROWS = 8
@@ -34,21 +34,19 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def still(doing: str) -> Iterator[None]:
-    """Print a line every few seconds that says what is running and for how long."""
+def still() -> Iterator[None]:
+    """Print a line every few seconds that says for how long the program has been running."""
     done, started = threading.Event(), time.monotonic()
 
     def tell() -> None:
         while not done.wait(EVERY):
-            say(f"still {doing}, {time.monotonic() - started:.0f} s")
+            say(f"still running, {time.monotonic() - started:.0f} s")
 
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
+    threading.Thread(target=tell, daemon=True).start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
 
 
 def use_experiment(name: str, tracking_uri: str) -> None:
@@ -69,30 +67,28 @@ def aliases(name: str) -> dict[str, str]:
     return {alias: str(number) for model in found for alias, number in model.aliases.items()}
 
 
-def metadata(model: Pipeline, rows: pd.DataFrame, rule: Rule | float, **others: Any) -> Metadata:
-    """The metadata of a version. The golden rows are spread from the lowest to the highest score."""
-    rule, scores = rule if isinstance(rule, Rule) else Rule("threshold", rule), model.predict_proba(rows)[:, 1]
+def register(
+    model: Pipeline, rows: pd.DataFrame, name: str, tags: dict[str, str] | None = None, about: str = "", **known: Any
+) -> str:
+    """Log a model with the signature and the metadata that the service needs, register it, return its version number.
+
+    The metadata are what is `known` and golden rows, spread from the lowest to the highest score.
+    """
+    scores = model.predict_proba(rows)[:, 1]
     chosen = np.argsort(scores)[np.linspace(0, len(scores) - 1, GOLDEN_ROWS).astype(int)]
     golden = [Golden(**rows.iloc[index].to_dict(), fraud_probability=float(scores[index])) for index in chosen]
-    return Metadata(golden, **others | {rule.by: rule.limit})
-
-
-def register(
-    model: Pipeline, travelling: Metadata, name: str, tags: dict[str, str] | None = None, description: str = ""
-) -> str:
-    """Log a model with the signature and metadata that the service needs, register it, return its version number."""
     logged = mlflow.sklearn.log_model(
         model,
         name="model",
         signature=ModelSignature(Schema([ColSpec(kind, column) for column, kind in SIGNATURE])),
-        metadata=msgspec.to_builtins(travelling),
+        metadata=msgspec.to_builtins(Metadata(golden, **known)),
         pyfunc_predict_fn="predict_proba",
         serialization_format="skops",
         skops_trusted_types=sorted(TRUSTED_TYPES),
         pip_requirements=mlflow.sklearn.get_default_pip_requirements(include_skops=True),  # guessing them takes seconds
     )
     version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
-    MlflowClient().update_model_version(name, version, description)
+    MlflowClient().update_model_version(name, version, about)
     return version
 
 
@@ -112,9 +108,7 @@ def rollback(name: str) -> int:
     found = aliases(name)
     if not {CHAMPION, PREVIOUS} <= {*found}:
         raise ModelError(f"{name} has no version to roll back to: its aliases are {found or 'none'}")
-    MlflowClient().set_registered_model_alias(name, CHAMPION, found[PREVIOUS])
-    MlflowClient().set_registered_model_alias(name, PREVIOUS, found[CHAMPION])
-    say(f"{name}: champion is version {found[PREVIOUS]} again, previous is version {found[CHAMPION]}")
+    promote(name, found[PREVIOUS], found[CHAMPION])
     return 0
 
 
@@ -128,9 +122,7 @@ def as_served(name: str, number: str, config: Config) -> Model:
         shutil.rmtree(folder)
 
 
-def champion_of(
-    options: Namespace, config: Config, sample: Sample, held_out: Sample
-) -> tuple[str | None, Model | None, Sample]:
+def champion_of(options: Namespace, config: Config, held_out: Sample) -> tuple[str | None, Model | None, Sample]:
     """The champion's number, the champion if it can be compared with, and the rows to compare on. Raises `ModelError`.
 
     These rows are held out by the new version and were not used to train the champion.
@@ -141,8 +133,7 @@ def champion_of(
     try:
         if not (tag := MlflowClient().get_model_version(options.name, number).tags.get("split")):
             raise DataError("it has no record of the rows it was trained on (tag split)")
-        unseen = sample.take(msgspec.json.decode(tag, type=Split).unseen(sample))
-        both = held_out.take(held_out.rows.index.isin(unseen.rows.index))
+        both = held_out.take(msgspec.json.decode(tag, type=Split).unseen(held_out))
         if both.labels.sum() < FEWEST_IN_PART:
             raise DataError(f"of {len(both):,} rows that neither has seen {both.labels.sum()} are fraud")
         say(f"comparing with version {number} on {len(both):,} of {len(held_out):,} rows held out, unseen by both")

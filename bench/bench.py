@@ -370,7 +370,7 @@ def register(trees: int) -> None:
     pipeline = train.pipeline(trees, 0).fit(sample.rows, sample.labels)
     with mlflow.start_run():
         reference = data.reference(sample, pipeline.predict_proba(sample.rows)[:, 1])
-        version = versions.register(pipeline, versions.metadata(pipeline, sample.rows, 0.5, reference=reference), name)
+        version = versions.register(pipeline, sample.rows, name, threshold=0.5, reference=reference)
     versions.promote(name, version, None)
 
 

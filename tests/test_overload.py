@@ -265,7 +265,7 @@ def slow_model(champion: str) -> str:
     )
     estimator = make_pipeline(columns, LogisticRegression(max_iter=500)).fit(sample.rows, sample.labels)
     with mlflow.start_run():
-        versions.register(estimator, versions.metadata(estimator, sample.rows, 0.5), "slow")
+        versions.register(estimator, sample.rows, "slow", threshold=0.5)
     return "models:/slow/1"
 
 

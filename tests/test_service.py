@@ -374,8 +374,8 @@ def test_s3(champion: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> Non
         experiment = mlflow.create_experiment("s3", artifact_location="s3://models/root")
         with mlflow.start_run(experiment_id=experiment):
             pipeline = mlflow.sklearn.load_model(f"models:/{NAME}/1")
-            travelling = versions.metadata(pipeline, data.generate(100, 0).rows, 0.5)
-            versions.register(pipeline, travelling, "in-s3", {"release": "v2"})
+            rows = data.generate(100, 0).rows
+            versions.register(pipeline, rows, "in-s3", {"release": "v2"}, threshold=0.5)
         with running(
             champion, model_uri="models:/in-s3/1", **{name.lower(): value for name, value in keys.items()}
         ) as s:

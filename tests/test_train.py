@@ -35,6 +35,7 @@ from report import CHAMPION, NEW, Evidence, Rule, Scored, cost_curve
 from train import BASELINE
 
 SAMPLE = data.generate(12_000, seed=4)
+TIMED = data.replace(SAMPLE, times=np.arange(12_000.0))
 TABLE = SAMPLE.rows.assign(is_fraud=SAMPLE.labels, transaction_id=[f"tx_{row}" for row in range(12_000)])
 SMALL = ("--trees", "20", "--budget", "1")
 MEASURES = [
@@ -108,7 +109,9 @@ def test_all_training_rows_are_fitted(fitted: dict[str, object], parts: tuple[Sa
     np.testing.assert_array_equal(*(model.predict_proba(held_out.rows) for model in (again, fitted["pipeline"])))
 
 
-def search(monkeypatch: pytest.MonkeyPatch, best: int, *words: str) -> tuple[list[dict[str, float]], dict[str, float]]:
+def search(
+    monkeypatch: pytest.MonkeyPatch, sample: Sample, best: int, *words: str
+) -> tuple[list[dict[str, float]], dict[str, float]]:
     """The settings that a search looks at, and what it takes, if number `best` of them scores best."""
     seen = []
 
@@ -128,20 +131,20 @@ def search(monkeypatch: pytest.MonkeyPatch, best: int, *words: str) -> tuple[lis
 
     monkeypatch.setattr(train, "pipeline", pipeline)
     monkeypatch.setattr(train, "Parallel", lambda *_, **__: lambda jobs: (job[0](*job[1], **job[2]) for job in jobs))
-    taken, _, _ = train.search(SAMPLE, train.arguments([*words]))
+    taken, _, _ = train.search(sample, train.arguments([*words]))
     return seen, taken
 
 
-@pytest.mark.parametrize("words", [[], ["--in-order"]])
-def test_every_size_is_looked_at(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+@pytest.mark.parametrize("sample", [SAMPLE, TIMED], ids=["by hash", "by time"])
+def test_every_size_is_looked_at(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> None:
     """Item 3: one setting of each size comes first with every seed and budget, then random ones; the best is taken."""
     for budget, seed in (("1", "0"), ("6", "0"), ("6", "1")):
-        seen, taken = search(monkeypatch, 2, "--budget", budget, "--seed", seed, *words)
+        seen, taken = search(monkeypatch, sample, 2, "--budget", budget, "--seed", seed)
         assert [settings["max_leaf_nodes"] for settings in seen[:4]] == [8, 16, 31, 63]
         assert seen[:4] == train.START
         assert len(seen) == max(4, int(budget))
         assert taken == seen[2]
-    again, taken = search(monkeypatch, 5, "--budget", "6", "--seed", "0", *words)
+    again, taken = search(monkeypatch, sample, 5, "--budget", "6", "--seed", "0")
     assert again[4:] != seen[4:]
     assert taken == again[5]
 
@@ -174,27 +177,30 @@ def test_a_random_setting_has_to_be_clearly_better(
 
 def test_search_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row is scored by a model of other rows, in order of time of earlier ones; too little fraud is an error."""
-    options = train.arguments([*SMALL, "--in-order"])
+    options = train.arguments([*SMALL])
     monkeypatch.setattr(train, "START", train.START[:1])
-    _, rows, scores = train.search(SAMPLE, options)
+    _, rows, scores = train.search(TIMED, options)
     assert len(rows) == len(scores) == 9000
     pd.testing.assert_frame_equal(rows.rows, SAMPLE.rows[3000:])
     first = train.pipeline(20, 0).fit(SAMPLE.rows[:3000], SAMPLE.labels[:3000])
     np.testing.assert_array_equal(scores[:3000], first.predict_proba(SAMPLE.rows[3000:6000])[:, 1])
-    late = SAMPLE.take(np.argsort(SAMPLE.labels, kind="stable"))
+    late = data.replace(SAMPLE.take(np.argsort(SAMPLE.labels, kind="stable")), times=TIMED.times)
     with pytest.raises(DataError, match=r"^is_fraud: too few of the earlier rows are 1 to validate on later ones$"):
         train.search(late, options)
 
 
 def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes long says so again and again, and stops when it is done."""
+    """What takes long says so again and again, whatever it does, and stops when it is done."""
     told, said = [], threading.Event()
     monkeypatch.setattr(versions, "EVERY", 0.001)
     monkeypatch.setattr(versions, "say", lambda text: (told.append(text), said.set()))
-    with versions.still("fitting"):
+    with versions.still():
         assert said.wait(30)
-    assert told[0].startswith("still fitting, ")
-    assert not any(thread.name.endswith("(tell)") for thread in threading.enumerate())
+    assert told[0].startswith("still running, ")
+    for thread in threading.enumerate():
+        if thread.name.endswith("(tell)"):
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 def test_folds_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +375,21 @@ def test_gate_of_the_first(new: pd.DataFrame, failed: str | None) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("new", "sentence"),
+    [
+        (rounds(0.35, 400, 0.001), "cheaper than version 7 beyond noise: cost per 1,000 -100 [-10"),
+        (rounds(0.35, 505, 0.01), "as cheap as version 7 within noise: cost per 1,000 +5 [-"),
+        (rounds(0.35, 500, 0), "as cheap as version 7 within noise: cost per 1,000 +0 [+0, +0]"),
+        (rounds(0.35, 530, 0.01), "NOT as cheap as version 7 within noise: cost per 1,000 +30 [+"),
+    ],
+)
+def test_the_sentence_about_cost_is_true(new: pd.DataFrame, sentence: str) -> None:
+    """Item 8: "within noise" is said only where the interval holds 0."""
+    _, checks = train.gate(evidence(new, CHAMPION), "7")
+    assert checks[2].startswith(sentence)
+
+
 def test_gate_without_comparison() -> None:
     """A champion that cannot be scored is not one that is not there."""
     found = train.gate(evidence(rounds(0.35, 500, 0), BASELINE), "7")
@@ -442,6 +463,7 @@ def test_the_run_says_what_went_in(gated: tuple[str, Path]) -> None:
         ("holdout", True),
     ]
     page = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/report.html")
+    assert f'<a href="{gated[0]}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"' in page
     assert "Promoted with --promote always: " in page
     assert parameters["data_sha256"] in page
 
@@ -456,14 +478,14 @@ def test_a_champion_is_compared_on_rows_that_neither_has_seen(
     for share, seed, smaller in (("0.2", "0", 0.2), ("0.3", "5", 0.3), ("0.4", "1", 0.3)):
         options = train.arguments(["--name", "gated", "--data", str(path), "--test-size", share, "--seed", seed])
         _, held_out, _ = data.split(SAMPLE, float(share))
-        number, champion, both = versions.champion_of(options, known, SAMPLE, held_out)
+        number, champion, both = versions.champion_of(options, known, held_out)
         assert (number, champion.snapshot.number) == ("1", "1")
         np.testing.assert_array_equal(both.rows.index, data.split(SAMPLE, smaller)[1].rows.index)
-    few = SAMPLE.take(np.arange(600))
+    few = data.split(SAMPLE, 0.4)[1].take(np.arange(600))
     with pytest.raises(
         ModelError, match=r"^version 1, the champion, cannot be compared with: of \d+ rows that neither"
     ):
-        versions.champion_of(options, known, few, data.split(SAMPLE, 0.4)[1].take(np.arange(9)))
+        versions.champion_of(options, known, few)
 
 
 def test_options_arrive(gated: tuple[str, Path]) -> None:
@@ -520,7 +542,7 @@ def command(gated: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterato
 def test_rollback(command: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> None:
     """Champion and previous change places, and change back; nothing is rolled back to nothing."""
     assert command("rollback", "--name", "gated") == 0
-    assert capsys.readouterr().out.endswith(" gated: champion is version 1 again, previous is version 2\n")
+    assert capsys.readouterr().out.endswith(" gated: champion is version 1, previous is version 2\n")
     assert versions.aliases("gated") == {"champion": "1", "previous": "2"}
     assert command("rollback", "--name", "gated") == 0
     assert versions.aliases("gated") == {"champion": "2", "previous": "1"}
@@ -570,7 +592,7 @@ def test_a_champion_that_cannot_be_compared_with(registry: str, capsys: pytest.C
 
     def compared(*words: str) -> tuple[object, ...]:
         options = train.arguments(["--name", "unsigned", *words])
-        return versions.champion_of(options, known, SAMPLE, held_out)
+        return versions.champion_of(options, known, held_out)
 
     for tag, why in (
         (None, "it has no record of the rows"),
@@ -587,6 +609,24 @@ def test_a_champion_that_cannot_be_compared_with(registry: str, capsys: pytest.C
             compared()
     assert compared("--promote", "always") == ("1", None, held_out)
     assert "version 1, the champion, cannot be compared with: " in capsys.readouterr().out
+
+
+def test_times_are_dates_to_people_and_numbers_to_the_code(registry: str, tmp_path: Path) -> None:
+    """The report says up to which time in UTC the rows were trained on; the tag has the seconds."""
+    table = data.generate(15_000, seed=4)
+    seconds = 1_720_000_000 + 60 * np.arange(15_000)
+    times = {"parquet": pd.to_datetime(seconds, unit="s", utc=True), "csv": seconds}
+    for number, (kind, column) in enumerate(times.items(), 1):
+        path = written(tmp_path, table.rows.assign(is_fraud=table.labels, booked=column), f"t.{kind}")
+        words = ("--name", "dated", "--data", str(path), "--time-column", "booked", "--trees", "2")
+        assert trained(registry, *words, "--promote", "never") == 0
+        tags = MlflowClient().get_model_version("dated", str(number)).tags
+        assert json.loads(tags["split"])["last"] == 1_720_000_000 + 60 * 11_999
+        run = MlflowClient().get_run(MlflowClient().get_model_version("dated", str(number)).run_id)
+        page = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/report.html")
+        assert "<dt>Data period</dt><dd>2024-07-03 09:46 UTC to 2024-07-13 19:45 UTC</dd>" in page
+        assert "<dt>Last training row</dt><dd>2024-07-11 17:45 UTC</dd>" in page
+        assert str(1_720_000_000 + 60 * 11_999) not in page
 
 
 def test_if_missing(gated: tuple[str, Path]) -> None:
@@ -679,7 +719,6 @@ def test_the_service_needs_none_of_it() -> None:
         ["--colour"],
         ["undo"],
         ["--time-column", "hour"],
-        ["--in-order", "--data", "x.csv", "--time-column", "hour"],
         ["rollback", "--seed", "1"],
         ["--name", "a/b"],
         ["--cost-review", "inf"],
@@ -700,6 +739,6 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.arguments(["--help"])
     shown = capsys.readouterr().out
-    for name in {*vars(train.arguments([]))} - {"by_time"}:
+    for name in {*vars(train.arguments([]))}:
         flag = name if name == "command" else "--" + name.replace("_", "-")
         assert name == "command" or re.search(rf"^  {flag}\b.*\n?\s+\w", shown, re.M), flag
