@@ -10,7 +10,6 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ UNREADABLE = (OSError, EOFError, ValueError, TypeError, NotImplementedError, zli
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what errors="surrogateescape" makes of bytes not in UTF-8
 TIME_NAME = r"(?i)(^|_)(date|time|datetime|timestamp|ts|at)(_|$)"
-SECONDS = (946_684_800, 4_102_444_800)  # since 1970, of the years from 2000 to 2099
+SECONDS = (946_684_800, 2_000_000_000)  # since 1970, from the year 2000 to 2033; stamps like 2026010100 are above
 FEWEST = 100  # rows of either class, to train and measure on
 FEWEST_IN_PART = 10
 MOST_CATEGORIES = 1000  # that monitoring knows; more are probably merchants, not categories
@@ -71,7 +70,8 @@ class Sample:
 
     def when(self, time: float) -> str:
         """A time as people read it: as a date, where times are dates."""
-        return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC" if self.dated else str(float(time))
+        date = np.datetime_as_string(np.datetime64(int(time), "s"), unit="m").replace("T", " ")
+        return f"{date} UTC" if self.dated else str(float(time))
 
     def evenly(self, most: int) -> "Sample":
         """At most `most` rows, evenly spaced from the first to the last."""
@@ -128,11 +128,11 @@ def _typed(column: Column, kind: str) -> Column:
 def _moments(column: Column) -> tuple[Column, bool]:
     """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether nearly all are dates.
 
-    Dates without a zone are UTC. Numbers that would be dates of this century are taken for seconds since 1970.
+    Dates without a zone are UTC. Numbers are dates if all are seconds of the years from 2000 to 2033.
     """
     numbers = _typed(column, "number")
     if numbers.notna().any() or column.dtype.kind in "bm":
-        return numbers, bool(numbers.between(*SECONDS).mean() > 0.9)
+        return numbers, bool(column.dtype.kind not in "bm" and numbers.dropna().between(*SECONDS).all())
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
     seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp("1970-01-01", tz="UTC")).dt.total_seconds()
     return seconds, bool(moments.notna().mean() > 0.9)
@@ -153,7 +153,7 @@ def _faults(
     if CATEGORY in columns:
         checks.append((CATEGORY, ~columns[CATEGORY].str.contains(CONTROL), "no control characters"))
     if times is not None:
-        checks.append((str(time_column), times.notna(), "a number, or date and time as in ISO 8601"))
+        checks.append((str(time_column), np.isfinite(times), "a number, or date and time as in ISO 8601"))
     for name, right, rule in checks:
         if wrong := int((~right).sum()):
             where = f"{wrong:,} of {len(table):,} rows are wrong, the first is row {int(np.argmin(right)) + 1:,}"

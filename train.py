@@ -371,7 +371,7 @@ def log_report(evidence: Evidence, version: str, verdict: str, checks: list[str]
         mlflow.log_metrics({measure + suffix: float(value) for measure, value in rounds.iloc[0].items()})
     mlflow.log_params(evidence.settings | {rule.by: rule.limit for rule in evidence.rules.values()})
     run, where = mlflow.active_run().info, without_credentials(mlflow.get_tracking_uri())  # type: ignore[union-attr]
-    link = f"{where}/#/experiments/{run.experiment_id}/runs/" if where.startswith("http") else ""
+    link = f"{where.rstrip('/')}/#/experiments/{run.experiment_id}/runs/" if where.startswith("http") else ""
     made = {"command": f"python {shlex.join(sys.argv)}", "MLflow_run": link + run.run_id}
     made |= mlflow.get_run(run.run_id).data.params
     title = f"{evidence.options.name} version {version}, {time.strftime('%Y-%m-%d')}"

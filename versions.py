@@ -42,11 +42,13 @@ def still() -> Iterator[None]:
         while not done.wait(EVERY):
             say(f"still running, {time.monotonic() - started:.0f} s")
 
-    threading.Thread(target=tell, daemon=True).start()
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
+        thread.join()
 
 
 def use_experiment(name: str, tracking_uri: str) -> None:
@@ -106,9 +108,11 @@ def promote(name: str, version: str, champion: str | None) -> None:
 def rollback(name: str) -> int:
     """Exchange champion and previous; return the exit status. Raises `ModelError` if one is missing."""
     found = aliases(name)
-    if not {CHAMPION, PREVIOUS} <= {*found}:
+    if CHAMPION not in found or found.get(PREVIOUS) in (None, found[CHAMPION]):
         raise ModelError(f"{name} has no version to roll back to: its aliases are {found or 'none'}")
-    promote(name, found[PREVIOUS], found[CHAMPION])
+    MlflowClient().set_registered_model_alias(name, CHAMPION, found[PREVIOUS])  # first: it counts most
+    MlflowClient().set_registered_model_alias(name, PREVIOUS, found[CHAMPION])
+    say(f"{name}: champion is version {found[PREVIOUS]}, previous is version {found[CHAMPION]}")
     return 0
 
 

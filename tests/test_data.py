@@ -171,11 +171,22 @@ def test_dates_are_told_from_numbers(tmp_path: Path) -> None:
         ((first + np.arange(12_000)).astype(str), True, first),
         (np.arange(12_000).astype(str), False, 0),
         (1000 * first + np.arange(12_000), False, 1000 * first),
+        (2026010100 + np.arange(12_000), False, 2026010100),  # year, month, day and hour
+        (first * np.where(np.arange(12_000) < 11_900, 1, 1000), False, first),
     ):
         sample = read(written(tmp_path, TABLE.assign(time=times), "t.parquet"), "time")
         assert sample.dated is dated
         assert sample.times[0] == begin
         assert sample.when(begin) == ("2026-01-01 00:00 UTC" if dated else f"{begin}.0")
+
+
+def test_times_without_an_end(tmp_path: Path) -> None:
+    """Infinity is no time; the latest date that can be read is shown."""
+    path = written(tmp_path, TABLE.assign(time=np.where(np.arange(12_000) < 9, np.inf, 1.0)), "t.parquet")
+    with pytest.raises(DataError, match="time: 9 of 12,000 rows are wrong, the first is row 1: expected a number"):
+        read(path, "time")
+    last = read(written(tmp_path, TABLE.assign(time="9999-12-31T23:59:59-01:00"), "t.csv"), "time")
+    assert last.when(last.times[-1]) == "10000-01-01 00:59 UTC"
 
 
 def test_rows_of_the_same_time_keep_their_order(tmp_path: Path) -> None:
