@@ -147,6 +147,8 @@ def _faults(
         yield from missing
         yield f"the file has the columns {', '.join(map(str, table.columns))[:300]}"
     yield from (f"{name}: there are two such columns" for name in [*needed, ID] if f"{name}.1" in table)
+    if time_column in RULES:
+        yield f"{time_column}: expected a column with the time, not a field of the transaction"
     checks = [(name, _keeps(column, RULES[name]), RULES[name]["description"]) for name, column in columns.items()]
     if ID in columns:
         checks.append((ID, ~columns[ID].duplicated(), "no id twice"))

@@ -206,6 +206,7 @@ def test_bad_times(tmp_path: Path) -> None:
     for column, message in (
         ("time", one("time", "a number, or date and time as in ISO 8601")),
         ("t", "t: the column is missing"),
+        ("hour", "hour: expected a column with the time, not a field of the transaction"),
     ):
         with pytest.raises(DataError, match=re.escape(f"cannot be trained on: {message}")):
             read(written(tmp_path, TABLE.assign(time=times), "t.csv"), column)

@@ -227,7 +227,8 @@ def test_card(of: Evidence, page: str) -> None:
     assert facts["Approver"] == "not named"
     assert facts["Purpose"] == "rank transfers"
     assert facts["Data period"] == "unknown, as no --time-column was given"
-    assert facts["Rows held out"] == f"{len(of.held_out):,}, of them {of.held_out.labels.sum():,} fraud"
+    fraud = f"{len(of.held_out):,}, of them {of.held_out.labels.sum():,} fraud"
+    assert facts["Rows compared"] == f"{fraud}; held out, and unseen by every version that is compared"
     assert "One input to, not the whole of, transaction monitoring" in facts["Intended use"]
     assert {"Purpose", "Data", "Training rows", "Not intended", "Labels", "Limits"} <= {*facts}
     made = {"Command": "python train.py --data a&amp;b.csv", "Git commit": "abc", "SHA-256 of the data": "0" * 64}
