@@ -70,8 +70,9 @@ class Sample:
 
     def when(self, time: float) -> str:
         """A time as people read it: as a date, where times are dates."""
-        date = np.datetime_as_string(np.datetime64(int(time), "s"), unit="m").replace("T", " ")
-        return f"{date} UTC" if self.dated else str(float(time))
+        if not self.dated:
+            return str(float(time))
+        return np.datetime_as_string(np.datetime64(int(time), "s"), unit="m").replace("T", " ") + " UTC"
 
     def evenly(self, most: int) -> "Sample":
         """At most `most` rows, evenly spaced from the first to the last."""
@@ -131,8 +132,10 @@ def _moments(column: Column) -> tuple[Column, bool]:
     Dates without a zone are UTC. Numbers are dates if all are seconds of the years from 2000 to 2033.
     """
     numbers = _typed(column, "number")
-    if numbers.notna().any() or column.dtype.kind in "bm":
-        return numbers, bool(column.dtype.kind not in "bm" and numbers.dropna().between(*SECONDS).all())
+    if column.dtype.kind in "bm":
+        return numbers, False
+    if numbers.notna().any():
+        return numbers, bool(numbers.dropna().between(*SECONDS).all())
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
     seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp("1970-01-01", tz="UTC")).dt.total_seconds()
     return seconds, bool(moments.notna().mean() > 0.9)
@@ -250,7 +253,10 @@ def generate(rows: int, seed: int) -> Sample:
 
 
 class Split(msgspec.Struct, frozen=True):
-    """How rows were held out, by "hash" or "time"; recorded with a version. `last` is the latest time in training."""
+    """How rows were held out, by "hash" or "time"; recorded with a version. `last` is the latest time in training.
+
+    Versions of before may have the mode "order" with a hash as `last`: what they have seen is not known.
+    """
 
     mode: str
     test_size: float

@@ -187,6 +187,7 @@ def test_times_without_an_end(tmp_path: Path) -> None:
         read(path, "time")
     last = read(written(tmp_path, TABLE.assign(time="9999-12-31T23:59:59-01:00"), "t.csv"), "time")
     assert last.when(last.times[-1]) == "10000-01-01 00:59 UTC"
+    assert data.replace(last, dated=False).when(1e30) == "1e+30"
 
 
 def test_rows_of_the_same_time_keep_their_order(tmp_path: Path) -> None:
