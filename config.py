@@ -61,9 +61,7 @@ _probability = _rule("a number from 0 to 1, such as 0.35", r"0?\.[0-9]+|[01](\.0
 _level = _rule("one of debug, info, warning, error, critical", "(?i)debug|info|warning|error|critical", str.lower)
 _sha256 = _rule("64 hexadecimal digits", "[0-9a-fA-F]{64}", str.lower)
 _switch = _rule("true or false", "(?i)true|false", lambda text: text.lower() == "true", lambda _: True)
-_address = _rule(
-    "an IP address, such as 127.0.0.1, 0.0.0.0 or ::1", convert=lambda text: str(ipaddress.ip_address(text))
-)
+_address = _rule("an IP address, such as 0.0.0.0 or ::1", convert=lambda text: str(ipaddress.ip_address(text)))
 _folder = _rule("the absolute path of a folder", valid=lambda text: os.path.isabs(text) and os.path.isdir(text))
 _keys = _rule(
     "keys of letters, digits and -._~+/=, each with an optional name and a colon before it, separated by commas",

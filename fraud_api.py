@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -58,6 +58,7 @@ class Process:
     log_line: Callable[[dict[str, Any]], None] = lambda line: None
     write_log: Callable[[], None] = lambda: None  # what log_line has queued
     close_connection: Callable[[], None] = lambda: None  # after the answer
+    computing: Callable[[], AbstractContextManager[None]] = nullcontext  # as long as the client is not waited for
 
 
 process = Process()
@@ -220,12 +221,6 @@ class Predictor:
         self.model, self.counter = model, ScoreCounter(model.metadata.reference, process.metrics)
         self.process, self.log_decisions = process, config.log_decisions
         self.record_key = (config.record_key or "").encode()
-        snapshot = model.snapshot
-        self.identity = {
-            "model_name": snapshot.name,
-            "registry_version": snapshot.number,
-            "sha256": snapshot.sha256[:12],
-        }
 
     def __call__(self, rows: Sequence[Transaction], explain: bool = False) -> list[Prediction]:
         """Score transactions in one call; predictions come in the same order."""
@@ -264,7 +259,9 @@ class Predictor:
             "is_fraud": prediction.is_fraud,
             "fraud_probability": prediction.fraud_probability,
             "threshold": self.model.threshold_for(row.amount),
-            **self.identity,
+            "model_name": self.model.snapshot.name,
+            "registry_version": self.model.snapshot.number,
+            "sha256": self.model.snapshot.sha256[:12],
         }
         return found | {"digest": row_digest(self.record_key, values_of(row))} if self.record_key else found
 
@@ -361,7 +358,7 @@ class PredictBatch:
             return
         with self.bodies.take():
             body = read_json(req, self.config.max_body_bytes)
-            with self.turns.take():
+            with self.process.computing(), self.turns.take():
                 self.answer_document(body, explain, req, resp)
 
     def answer_document(self, body: bytes, explain: bool, req: falcon.Request, resp: falcon.Response) -> None:
@@ -382,7 +379,7 @@ class PredictBatch:
         started = False
         try:
             for lines in read_lines(stream, self.config.max_line_bytes):
-                with self.turns.take(patient=started):
+                with self.process.computing(), self.turns.take(patient=started):
                     rows = decode_rows(lines, logged.get("rows", 0), self.config.max_line_bytes)
                     predictions = iter(self.predictor.predict_rows(rows, explain, logged))
                     answers = encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])

@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -33,8 +33,9 @@ from model import ModelError, ModelFetcher, Snapshot
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
-# Of this thread: the `request` that it handles, and whether part of one may be `unread`. Then gunicorn waits up to 2 s
-# for the client to close: a connection closed with something unread is reset, and the client may lose the answer.
+# Of this thread: the connection that it serves, the `request` that it handles, and whether part of one may be `unread`.
+# Then gunicorn waits up to 2 s for the client to close: a connection closed with something unread is reset, and the
+# client may lose the answer.
 current = threading.local()
 
 
@@ -53,7 +54,7 @@ class Connection(TConn):  # type: ignore[misc]
         self.idle = True
         with suppress(OSError):
             self.parser.unreader.unread(self.sock.recv(2**13))
-        self.idle, self.since, self.moved = False, time.monotonic(), 0.0
+        self.idle, self.since = False, time.monotonic()
 
     def is_late(self, slow_seconds: float, idle_until: float) -> bool:
         """Whether it has been idle for too long, or has moved less than `SLOW_RATE` for `slow_seconds`."""
@@ -147,7 +148,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def serve(self, conn: Connection) -> None:
         """Handle the requests of a connection until it is closed."""
-        current.unread = False
+        current.connection, current.unread = conn, False
         try:
             while self.handle(conn) and not conn.probe_only:
                 if more := conn.parser.unreader.take_buffered():  # sent behind the request without waiting
@@ -242,6 +243,16 @@ def close_connection() -> None:
     """Close the connection of this thread's request after the answer. Its body may not have been read to the end."""
     current.request.force_close()
     current.unread = True
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """While this thread waits for its turn and computes, it does not wait for its client, which is not slow then."""
+    current.connection.since = math.inf
+    try:
+        yield
+    finally:
+        current.connection.since = time.monotonic()
 
 
 class Supervisor:

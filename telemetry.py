@@ -141,17 +141,15 @@ class ScoreCounter:
         self.categories = frozenset(reference.categories if reference else ())
 
     def count(self, columns: Columns, scores: Sequence[float], fraud: int) -> None:
-        counts: list[tuple[str, object, int]] = [("rows", "fraud", fraud), ("rows", "legitimate", len(scores) - fraud)]
+        self.metrics.add("rows", "fraud", by=fraud)
+        self.metrics.add("rows", "legitimate", by=len(scores) - fraud)
         if self.reference:
             places = Counter(bisect_left(self.reference.score_deciles, score) for score in scores)
-            counts += [("score_decile", place + 1, count) for place, count in places.items()]
-            counts += [
-                ("unfamiliar_values", field, self.unfamiliar(field, values))
-                for field, values in zip(FIELDS, columns, strict=True)
-            ]
-        for name, label, count in counts:
-            if count:
-                self.metrics.add(name, label, by=count)
+            for place, count in places.items():
+                self.metrics.add("score_decile", place + 1, by=count)
+            for field, values in zip(FIELDS, columns, strict=True):
+                if unfamiliar := self.unfamiliar(field, values):
+                    self.metrics.add("unfamiliar_values", field, by=unfamiliar)
 
     def count_invalid(self, count: int) -> None:
         self.metrics.add("rows", "invalid", by=count)
