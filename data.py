@@ -129,13 +129,17 @@ def _typed(column: Column, kind: str) -> Column:
 def _moments(column: Column) -> tuple[Column, bool]:
     """Numbers or, from ISO 8601, seconds since 1970, NaN where there is none; and whether nearly all are dates.
 
-    Dates without a zone are UTC. Numbers are dates if all are seconds of the years from 2000 to 2033.
+    Dates without a zone are UTC. Numbers are dates if all are seconds of the years from 2000 to 2033, or all milli-,
+    micro- or nanoseconds of them.
     """
     numbers = _typed(column, "number")
     if column.dtype.kind in "bm":
         return numbers, False
     if numbers.notna().any():
-        return numbers, bool(numbers.dropna().between(*SECONDS).all())
+        for unit in (1, 10**3, 10**6, 10**9):
+            if (numbers / unit).dropna().between(*SECONDS).all():
+                return numbers / unit, True
+        return numbers, False
     moments = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
     seconds = (moments.astype("datetime64[us, UTC]") - pd.Timestamp("1970-01-01", tz="UTC")).dt.total_seconds()
     return seconds, bool(moments.notna().mean() > 0.9)

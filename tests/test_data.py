@@ -170,7 +170,10 @@ def test_dates_are_told_from_numbers(tmp_path: Path) -> None:
         (first + np.arange(12_000), True, first),
         ((first + np.arange(12_000)).astype(str), True, first),
         (np.arange(12_000).astype(str), False, 0),
-        (1000 * first + np.arange(12_000), False, 1000 * first),
+        (10**3 * (first + np.arange(12_000)), True, first),
+        (10**6 * (first + np.arange(12_000)), True, first),
+        (10**9 * (first + np.arange(12_000)), True, first),
+        (20260101000000 + np.arange(12_000), False, 20260101000000),
         (2026010100 + np.arange(12_000), False, 2026010100),  # year, month, day and hour
         (first * np.where(np.arange(12_000) < 11_900, 1, 1000), False, first),
     ):
