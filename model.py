@@ -213,6 +213,7 @@ class Scorer:
     """Turns columns of n transactions into n probabilities of fraud, float64, in order."""
 
     name: str
+    rows_at_a_time = 2**16  # in `explain`, which bounds memory
 
     def __call__(self, columns: Columns) -> Floats:
         raise NotImplementedError
@@ -309,17 +310,14 @@ class LeafMaskScorer(Scorer):
 
     def coalitions(self, columns: Columns, reference: Sequence[Any]) -> Floats:
         """Each field's masks are the transaction's or the reference's: all 64 choices, by doubling."""
+        masks = np.empty((len(columns[0]), len(COALITIONS), len(self.first_leaves)), self.tables[0].dtype)
+        masks[:, 0] = np.iinfo(masks.dtype).max
         others = self.masks([[value] for value in reference])
-        found = []
-        for part in pieces(columns, self.rows_at_a_time // len(COALITIONS)):
-            masks = np.empty((len(part[0]), len(COALITIONS), len(self.first_leaves)), others[0].dtype)
-            masks[:, 0] = np.iinfo(masks.dtype).max
-            for number, (own, other) in enumerate(zip(self.masks(part), others, strict=True)):
-                done = 2**number
-                np.bitwise_and(masks[:, :done], own[:, None], out=masks[:, done : 2 * done])
-                masks[:, :done] &= other
-            found.append(self.probabilities(masks.reshape(-1, len(self.first_leaves))))
-        return np.concatenate(found).reshape(-1, len(COALITIONS))
+        for number, (own, other) in enumerate(zip(self.masks(columns), others, strict=True)):
+            done = 2**number
+            np.bitwise_and(masks[:, :done], own[:, None], out=masks[:, done : 2 * done])
+            masks[:, :done] &= other
+        return self.probabilities(masks.reshape(-1, len(self.first_leaves))).reshape(-1, len(COALITIONS))
 
 
 def pieces(columns: Columns, size: int) -> Iterator[Columns]:
@@ -461,7 +459,9 @@ class Model:
         """
         if self.metadata.reference is None:
             raise ValueError("the model has no reference transaction")
-        worth = self.scorer.coalitions(columns, values_of(self.metadata.reference.transaction))
+        reference = values_of(self.metadata.reference.transaction)
+        parts = pieces(columns, self.scorer.rows_at_a_time // len(COALITIONS))
+        worth = np.concatenate([self.scorer.coalitions(part, reference) for part in parts])
         without = worth[:, [len(COALITIONS) - 1 - 2**number for number in range(len(FIELDS))]]
         explanations = [
             Explanation(base, sorted(map(Contribution, FIELDS, shares, alone), key=lambda each: -abs(each.value)))

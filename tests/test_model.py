@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -40,10 +41,13 @@ from model import (
     NUMBERS,
     SIGNATURE,
     TRUSTED_TYPES,
+    Columns,
     Features,
+    Floats,
     LeafMaskScorer,
     Model,
     ModelError,
+    PipelineScorer,
     Snapshot,
     choose_scorer,
     columns_of,
@@ -229,6 +233,25 @@ def test_model_without_fast_path(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     ]
     batch = [Features(**row) for row in DATA.head(5).to_dict("records")]
     np.testing.assert_array_equal(loaded.score(batch), estimator.predict_proba(DATA.head(5))[:, 1])
+
+
+def test_memory_of_explanations(model: Model) -> None:
+    """A batch is explained in pieces, by each scorer, and the pieces are put together in order."""
+    estimator, sizes = fitted(LogisticRegression(), ONE_HOT, StandardScaler()), list[int]()
+
+    class Counting(PipelineScorer):
+        def __call__(self, columns: Columns) -> Floats:
+            sizes.append(len(columns[0]))
+            return super().__call__(columns)
+
+    columns = columns_of([Features(**row) for row in DATA.head(3000).to_dict("records")])
+    probabilities, explanations = replace(model, scorer=Counting(estimator)).explain(columns)
+    np.testing.assert_array_equal(probabilities, PipelineScorer(estimator)(columns))
+    for explanation, probability in zip(explanations, probabilities, strict=True):
+        total = explanation.base_value + sum(each.value for each in explanation.contributions)
+        assert total == pytest.approx(probability, abs=1e-9)
+    assert max(sizes) == 2**16
+    assert sum(sizes) == 3000 * 64
 
 
 class Doubtful(HistGradientBoostingClassifier):
