@@ -182,8 +182,12 @@ def test_broken_chunks(service: Service, path: str, kind: str, body: bytes) -> N
 
 
 @pytest.fixture(scope="module")
-def odd(champion: str) -> Iterator[Service]:
-    """A service whose model fails for an amount of 666, and takes 3 s for one of 555. Clients are slow after 1 s."""
+def odd(champion: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Path]]:
+    """A service whose model fails for an amount of 666, and takes 5 s for one of 555. Clients are slow after 1 s.
+
+    And a file that exists from when it takes so long.
+    """
+    begun = tmp_path_factory.mktemp("odd") / "begun"
 
     class Odd(ClassifierMixin, BaseEstimator):
         classes_ = np.array([0, 1])
@@ -195,7 +199,8 @@ def odd(champion: str) -> Iterator[Service]:
             if (rows["amount"] == 666).any():
                 raise RuntimeError(f"cannot score {rows}")
             if (rows["amount"] == 555).any():
-                __import__("time").sleep(3)
+                begun.touch()
+                __import__("time").sleep(5)
             fraud = rows["hour"].to_numpy() / 100
             return np.column_stack([1 - fraud, fraud])
 
@@ -212,35 +217,38 @@ def odd(champion: str) -> Iterator[Service]:
         )
     options = {"model_uri": "models:/odd/1", "model_allow_unsafe": "true", "web_concurrency": "1", "slow_seconds": "1"}
     with running(champion, **options) as service:
-        yield service
+        yield service, begun
 
 
-def test_error_amid_a_stream(odd: Service) -> None:
+def test_error_amid_a_stream(odd: tuple[Service, Path]) -> None:
     """A model that fails when answers have gone out already: that stream is cut off, and the worker goes on."""
-    workers = odd.workers()
+    service, _ = odd
+    workers = service.workers()
     for _ in range(3):
-        with odd.connect() as connection:
+        with service.connect() as connection:
             connection.sendall(STREAM + chunk(LINE * 10))
             receive(connection, b"tx_12345")
             connection.sendall(chunk(LINE.replace(b"150.5", b"666") * 90))
             rest = b"".join(iter(lambda: connection.recv(2**16), b""))
         assert b"cannot" not in rest
         assert not rest.endswith(b"0\r\n\r\n")
-    assert odd.post("/predict", TRANSACTION)["fraud_probability"] == 0.14
-    assert odd.workers() == workers
+    assert service.post("/predict", TRANSACTION)["fraud_probability"] == 0.14
+    assert service.workers() == workers
     failed = re.compile(r"request \w+ failed: RuntimeError\n  File ")
-    wait_until(lambda: len(failed.findall(odd.log)) == 3, "each is in the log")
-    assert "grocery_stores" not in odd.log
+    wait_until(lambda: len(failed.findall(service.log)) == 3, "each is in the log")
+    assert "grocery_stores" not in service.log
 
 
-def test_a_long_computation(odd: Service) -> None:
+def test_a_long_computation(odd: tuple[Service, Path]) -> None:
     """A client is not slow while its batch is computed, nor while its stream waits for that."""
-    with odd.connect() as stream, odd.connect() as batch:
+    service, begun = odd
+    with service.connect() as stream, service.connect() as batch:
         stream.sendall(STREAM + chunk(LINE * 10))
         receive(stream, b"tx_12345")
         body = json.dumps({"transactions": [TRANSACTION | {"amount": 555}]}).encode()
         head = "POST /predict/batch HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
         batch.sendall(head.format(len(body)).encode() + body)
+        wait_until(begun.exists, "it is computed")
         stream.sendall(chunk(LINE.replace(b"tx_12345", b"the_last")) + chunk(b""))
         receive(stream, b"the_last")
         assert receive(batch, b'"errors":[]}').startswith(b"HTTP/1.1 200 OK\r\n")
