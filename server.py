@@ -33,9 +33,9 @@ from model import ModelError, ModelFetcher, Snapshot
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
-# Of this thread: the connection that it serves, the `request` that it handles, and whether part of one may be `unread`.
-# Then gunicorn waits up to 2 s for the client to close: a connection closed with something unread is reset, and the
-# client may lose the answer.
+# Of this thread: the `connection` that it serves, the `request` that it handles, and whether part of it is `unread`. If
+# so, gunicorn waits up to 2 s for the client to close: a connection that is closed with something unread is reset, and
+# the client may lose the answer.
 current = threading.local()
 
 
