@@ -10,9 +10,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -183,9 +186,9 @@ def test_broken_chunks(service: Service, path: str, kind: str, body: bytes) -> N
 
 @pytest.fixture(scope="module")
 def odd(champion: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Path]]:
-    """A service whose model fails for an amount of 666, and takes 5 s for one of 555. Clients are slow after 1 s.
+    """A service whose model fails for an amount of 666, and takes 5 s for one of 555; and a file that it makes then.
 
-    And a file that exists from when it takes so long.
+    A client is slow after 1 s.
     """
     begun = tmp_path_factory.mktemp("odd") / "begun"
 
@@ -200,7 +203,7 @@ def odd(champion: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
                 raise RuntimeError(f"cannot score {rows}")
             if (rows["amount"] == 555).any():
                 begun.touch()
-                __import__("time").sleep(5)
+                time.sleep(5)
             fraud = rows["hour"].to_numpy() / 100
             return np.column_stack([1 - fraud, fraud])
 
@@ -242,16 +245,17 @@ def test_error_amid_a_stream(odd: tuple[Service, Path]) -> None:
 def test_a_long_computation(odd: tuple[Service, Path]) -> None:
     """A client is not slow while its batch is computed, nor while its stream waits for that."""
     service, begun = odd
-    with service.connect() as stream, service.connect() as batch:
+    with service.connect() as stream, closing(HTTPConnection("127.0.0.1", service.port, timeout=20)) as batch:
         stream.sendall(STREAM + chunk(LINE * 10))
         receive(stream, b"tx_12345")
-        body = json.dumps({"transactions": [TRANSACTION | {"amount": 555}]}).encode()
-        head = "POST /predict/batch HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
-        batch.sendall(head.format(len(body)).encode() + body)
+        body = json.dumps({"transactions": [TRANSACTION | {"amount": 555}]})
+        batch.request("POST", "/predict/batch", body, {"Content-Type": "application/json"})
         wait_until(begun.exists, "it is computed")
         stream.sendall(chunk(LINE.replace(b"tx_12345", b"the_last")) + chunk(b""))
         receive(stream, b"the_last")
-        assert receive(batch, b'"errors":[]}').startswith(b"HTTP/1.1 200 OK\r\n")
+        answer = batch.getresponse()
+        assert answer.status == 200
+        assert json.load(answer)["errors"] == []
 
 
 def test_memory_over_a_long_stream(champion: str) -> None:
