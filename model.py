@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import mlflow.artifacts
-import mlflow.pyfunc
 import mlflow.sklearn
 import msgspec
 import numpy as np
@@ -474,19 +473,19 @@ class Model:
 
 def load(snapshot: Snapshot, config: Config) -> Model:
     """Load a snapshot through MLflow and check that it keeps its promises: signature, probabilities, golden rows."""
-    pyfunc = mlflow.pyfunc.load_model(snapshot.path)
-    _check_signature(pyfunc.metadata)
+    info = MLmodel.load(snapshot.path)
+    _check_signature(info.signature)
     try:
-        metadata = msgspec.convert(pyfunc.metadata.metadata or {}, Metadata)
+        metadata = msgspec.convert(info.metadata or {}, Metadata)
     except msgspec.ValidationError as error:
         raise ModelError(f"the model's metadata does not fit: {error}") from None
-    scorer = choose_scorer(pyfunc.get_raw_model(), metadata.golden)
+    scorer = choose_scorer(mlflow.sklearn.load_model(snapshot.path), metadata.golden)
     _check_golden(scorer, metadata.golden)
     return Model(snapshot, metadata, scorer, config.fraud_threshold)
 
 
-def _check_signature(metadata: Any) -> None:
-    columns = metadata.signature.inputs.to_dict() if metadata.signature and metadata.signature.inputs else []
+def _check_signature(signature: Any) -> None:
+    columns = signature.inputs.to_dict() if signature and signature.inputs else []
     found = [(column.get("name"), column["type"]) for column in columns]
     if found != SIGNATURE:
         raise ModelError(f"the model's signature is {found or 'missing'}, expected {SIGNATURE}")
@@ -666,20 +665,16 @@ def _digest(folder: Path) -> str:
 def _unsafe(folder: Path) -> list[str]:
     """What in a version could run code that came with it, or touch anything but its input. Nothing in a safe one: [].
 
-    MLflow runs what the `MLmodel` file names and trusts the types that it lists; skops trusts more types by itself.
-    Whoever wrote the artifact wrote both, so only what is known here is let through.
+    `load` reads the `sklearn` flavor of the `MLmodel` file and no other. MLflow trusts the types that it lists; skops
+    trusts more types by itself. Whoever wrote the artifact wrote both, so only what is known here is let through.
     """
-    flavors = MLmodel.load(folder).flavors
-    pyfunc, sklearn = flavors.get("python_function", {}), flavors.get("sklearn", {})
-    file = str(pyfunc.get("model_path"))
+    flavor = MLmodel.load(folder).flavors.get("sklearn", {})
+    file = str(flavor.get("pickled_model"))
     rules: list[tuple[str, Any, Any]] = [
-        ("loader_module", pyfunc.get("loader_module"), "mlflow.sklearn"),
-        ("serialization_format", sklearn.get("serialization_format"), "skops"),
-        ("model_path", file, Path(file).name),
-        ("code_paths", pyfunc.get("code") or sklearn.get("code"), None),
-        ("data", pyfunc.get("data"), None),
-        ("config", pyfunc.get("config"), None),
-        ("skops_trusted_types", sorted({*(sklearn.get("skops_trusted_types") or ())} - TRUSTED_TYPES), []),
+        ("serialization_format", flavor.get("serialization_format"), "skops"),
+        ("pickled_model", file, Path(file).name),
+        ("code_paths", flavor.get("code"), None),
+        ("skops_trusted_types", sorted({*(flavor.get("skops_trusted_types") or ())} - TRUSTED_TYPES), []),
     ]
     found = [
         f"{name} is {value}, expected {expected or 'none'}" for name, value, expected in rules if value != expected

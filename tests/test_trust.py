@@ -40,26 +40,28 @@ class Evil:
 
 def a_pickle(folder: Path, flavors: dict[str, Any], canary: str) -> None:
     (folder / "model.pkl").write_bytes(pickle.dumps(Evil(canary)))
-    flavors["python_function"]["model_path"] = "model.pkl"
     flavors["sklearn"] |= {"serialization_format": "pickle", "pickled_model": "model.pkl"}
 
 
 def a_pickle_by_default(folder: Path, flavors: dict[str, Any], canary: str) -> None:
     (folder / "model.skops").write_bytes(pickle.dumps(Evil(canary)))
+    del flavors["sklearn"]["serialization_format"]
+
+
+def a_pickle_that_scores(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    """The champion itself, with something in it that runs when it is unpickled."""
+    model = mlflow.sklearn.load_model(str(folder))
+    model.evil = Evil(canary)
+    (folder / "model.pkl").write_bytes(pickle.dumps(model))
+    flavors["sklearn"] |= {"serialization_format": "pickle", "pickled_model": "model.pkl"}
+
+
+def no_scikit_learn_model(folder: Path, flavors: dict[str, Any], canary: str) -> None:
     del flavors["sklearn"]
 
 
-def a_second_mlmodel(folder: Path, flavors: dict[str, Any], canary: str) -> None:
-    """The loader reads the format from the folder that `data` names, which need not be the one that was looked at."""
-    inner = {"flavors": {name: dict(flavor) for name, flavor in flavors.items()}}
-    (folder / "inner").mkdir()
-    a_pickle(folder / "inner", inner["flavors"], canary)
-    (folder / "inner" / "MLmodel").write_text(yaml.safe_dump(inner))
-    flavors["python_function"]["data"] = "inner"
-
-
 def a_path_elsewhere(folder: Path, flavors: dict[str, Any], canary: str) -> None:
-    flavors["python_function"]["model_path"] = "../../model.skops"
+    flavors["sklearn"]["pickled_model"] = "../../model.skops"
 
 
 def a_foreign_type(folder: Path, flavors: dict[str, Any], canary: str) -> None:
@@ -112,6 +114,7 @@ def a_method(folder: Path, flavors: dict[str, Any], canary: str) -> None:
 
 
 def a_loader_of_its_own(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    """Of the flavor `python_function`, as `mlflow.pyfunc.load_model` would run it."""
     (folder / "code").mkdir()
     (folder / "code" / "evil_loader.py").write_text(f"open({canary!r}, 'w')\nfrom mlflow.sklearn import _load_pyfunc\n")
     flavors["python_function"] |= {"loader_module": "evil_loader", "code": "code"}
@@ -121,7 +124,7 @@ def code_paths(folder: Path, flavors: dict[str, Any], canary: str) -> None:
     """Put before everything else on the path: a module of the artifact's instead of a library's."""
     (folder / "code").mkdir()
     (folder / "code" / "skops.py").write_text(f"open({canary!r}, 'w')\n")
-    flavors["sklearn"]["code"] = flavors["python_function"]["code"] = "code"
+    flavors["sklearn"]["code"] = "code"
 
 
 @pytest.fixture
@@ -147,8 +150,8 @@ def poisoned(champion: str, snapshot: Snapshot, tmp_path: Path) -> Poisoned:
     [
         (a_pickle, "serialization_format is pickle, expected skops"),
         (a_pickle_by_default, "serialization_format is None, expected skops"),
-        (a_second_mlmodel, "data is inner, expected none"),
-        (a_path_elsewhere, "model_path is ../../model.skops, expected model.skops"),
+        (no_scikit_learn_model, "serialization_format is None, expected skops"),
+        (a_path_elsewhere, "pickled_model is ../../model.skops, expected model.skops"),
         (a_foreign_type, "skops_trusted_types is ['subprocess.getoutput'], expected none"),
         (a_foreign_type_unasked, "it has subprocess.getoutput in it"),
         (a_reader_of_files, "it has numpy.asarray in it; it has sklearn.feature_extraction.text.CountVectorizer in it"),
@@ -156,10 +159,6 @@ def poisoned(champion: str, snapshot: Snapshot, tmp_path: Path) -> Poisoned:
         (an_old_protocol, "it has skops protocol 0 in it"),
         (a_name_that_is_no_text, "it has sklearn.pipeline.? in it"),
         (a_type_asked_for, "skops_trusted_types is ['os.system'], expected none"),
-        (
-            a_loader_of_its_own,
-            "loader_module is evil_loader, expected mlflow.sklearn; code_paths is code, expected none",
-        ),
         (code_paths, "code_paths is code, expected none"),
     ],
 )
@@ -170,6 +169,13 @@ def test_refused(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Pois
         acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path, 60)
     reason = f"version {uri.rpartition('/')[2]} is not safe to load: {found} {SEE}"
     assert str(raised.value) == f"{uri} at {champion}: {reason}"
+    assert not canary.exists()
+
+
+def test_other_flavors_are_not_read(champion: str, poisoned: Poisoned, tmp_path: Path) -> None:
+    """The model is the one of the flavor `sklearn`, so what another flavor names never runs."""
+    uri, canary = poisoned(a_loader_of_its_own)
+    assert acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path, 60).unsafe == []
     assert not canary.exists()
 
 
@@ -188,8 +194,8 @@ def test_refused_at_start(champion: str, poisoned: Poisoned) -> None:
 
 def test_the_poison_is_real(champion: str, poisoned: Poisoned) -> None:
     """What the tests above keep from running does run where the operator says so, and the service says so too."""
-    uri, canary = poisoned(a_loader_of_its_own)
-    found = ["loader_module is evil_loader, expected mlflow.sklearn", "code_paths is code, expected none"]
+    uri, canary = poisoned(a_pickle_that_scores)
+    found = ["serialization_format is pickle, expected skops"]
     with running(champion, model_uri=uri, model_allow_unsafe="true") as service:
         assert canary.exists()
         assert service.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
@@ -199,7 +205,7 @@ def test_the_poison_is_real(champion: str, poisoned: Poisoned) -> None:
         assert service.log.count(warning) == 1
 
 
-@pytest.mark.parametrize("poison", [a_pickle, a_pickle_by_default, a_second_mlmodel])
+@pytest.mark.parametrize("poison", [a_pickle, a_pickle_by_default])
 def test_pickle_runs_when_loaded(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Poison) -> None:
     uri, canary = poisoned(poison)
     with pytest.raises(ModelError):  # what it unpickles is no model
