@@ -56,8 +56,7 @@ serve: install ## serve the registered model
 	@$(WITH_ENV) $(BIN)/gunicorn
 
 test: install ## run all tests
-	$(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 # Spark takes 450 MB, so it is not in .venv but in a folder of its own, which Python searches as well.
 .venv-bulk/installed: .venv/installed requirements-bulk.txt

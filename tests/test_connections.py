@@ -103,6 +103,12 @@ def test_a_request_without_host(service: Service) -> None:
         assert connection.recv(2**16).split(b"\r\n")[0].endswith(b" 200 OK")
 
 
+@pytest.fixture(scope="module")
+def guarded(champion: str) -> Iterator[Service]:
+    with running(champion, api_keys="a-key", web_concurrency="1") as service:
+        yield service
+
+
 @pytest.mark.parametrize(
     ("asked", "status"),
     [
@@ -110,21 +116,15 @@ def test_a_request_without_host(service: Service) -> None:
         (b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody", b"404"),  # with a body that is not read
     ],
 )
-def test_clients_that_close_late(champion: str, asked: bytes, status: bytes) -> None:
+def test_clients_that_close_late(guarded: Service, asked: bytes, status: bytes) -> None:
     """They keep the connection open after their answer. gunicorn may wait for them; others are served at once."""
-    with running(champion, web_concurrency="1") as service, ExitStack() as stack:
+    with ExitStack() as stack:
         started = time.monotonic()
         for _ in range(20):
-            connection = stack.enter_context(service.connect())
+            connection = stack.enter_context(guarded.connect())
             connection.sendall(asked)
             assert connection.recv(2**16).startswith(b"HTTP/1.1 " + status)
         assert time.monotonic() - started < 10  # gunicorn waits up to 2 s for each
-
-
-@pytest.fixture(scope="module")
-def guarded(champion: str) -> Iterator[Service]:
-    with running(champion, api_keys="a-key", web_concurrency="1") as service:
-        yield service
 
 
 JSON, TEXT, KEY = (

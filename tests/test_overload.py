@@ -28,8 +28,6 @@ from chaos import Chaos, Load
 from conftest import BODY, LINE, TRANSACTION, Service, running, wait_until
 from model import CATEGORY, NUMBERS
 
-pytestmark = pytest.mark.alone  # they load every core
-
 
 def head(path: str = "/predict", more: str = f"Content-Type: application/json\r\nContent-Length: {len(BODY)}") -> bytes:
     return f"POST {path} HTTP/1.1\r\nHost: x\r\n{more}\r\n\r\n".encode()
@@ -120,8 +118,8 @@ def test_slow_clients(champion: str, chaos: Chaos) -> None:
 
 @pytest.fixture(scope="module")
 def alone(champion: str) -> Iterator[Service]:
-    """A service of one worker."""
-    with running(champion, web_concurrency="1") as service:
+    """A service of one worker that takes 100 connections."""
+    with running(champion, web_concurrency="1", max_connections="100") as service:
         yield service
 
 
@@ -239,18 +237,17 @@ def test_bodies_that_do_not_end(champion: str) -> None:
         assert {one["status"] for one in service.requests if one["path"] == "/predict/batch"} == {400, 503}
 
 
-def test_silent_connections_take_no_place(champion: str) -> None:
+def test_silent_connections_take_no_place(alone: Service) -> None:
     """More connections that say nothing than the service has places, and idle ones that have: others are served."""
-    with running(champion, web_concurrency="1", max_connections="100") as service:
-        silent = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(150)]
-        idle = [http.client.HTTPConnection("127.0.0.1", service.port, timeout=20) for _ in range(150)]
-        for connection in idle:
-            connection.request("POST", "/predict", BODY, {"Content-Type": "application/json"})
-            assert connection.getresponse().read()
-        for _ in range(150):
-            assert service.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
-        for one in (*silent, *idle):
-            one.close()
+    silent = [alone.connect() for _ in range(150)]
+    idle = [http.client.HTTPConnection("127.0.0.1", alone.port, timeout=20) for _ in range(150)]
+    for connection in idle:
+        connection.request("POST", "/predict", BODY, {"Content-Type": "application/json"})
+        assert connection.getresponse().read()
+    for _ in range(150):
+        assert alone.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
+    for one in (*silent, *idle):
+        one.close()
 
 
 # -- overload ----------------------------------------------------------------------------------------------------------

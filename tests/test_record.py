@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
-import pytest
 from mlflow import MlflowClient
 
 from conftest import HERE, NAME, Process, Service, running, wait_until
@@ -49,10 +48,9 @@ def decisions(service: Process) -> list[str]:
     return [line for line in service.output_lines if '"fraud_probability"' in line]
 
 
-@pytest.mark.parametrize("key", ["", "a key of the record"])
-def test_a_record_over_a_roll(champion: str, second: str, tmp_path: Path, key: str) -> None:
+def test_a_record_over_a_roll(champion: str, second: str, tmp_path: Path) -> None:
     """A version is rolled in the middle of a stream; then the other answers. There is not one difference."""
-    client = MlflowClient(champion)
+    client, key = MlflowClient(champion), "a key of the record"
     client.set_registered_model_alias(NAME, ALIAS, "1")
     options = {"model_uri": f"models:/{NAME}@{ALIAS}", "log_decisions": "true", "record_key": key}
     with running(champion, **options) as service:

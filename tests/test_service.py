@@ -436,16 +436,7 @@ def test_requirements_alone_serve(champion: str, model: Model, tmp_path: Path) -
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     environment = tmp_path / "venv"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, environment], check=True)
-    install = [
-        uv,
-        "pip",
-        "sync",
-        "--quiet",
-        "--require-hashes",
-        "--compile-bytecode",
-        "--python",
-        environment / "bin/python",
-    ]
+    install = [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", environment / "bin/python"]
     locked = (HERE / "requirements.txt").read_text()
     if find_spec("gunicorn_h1c") is None:  # no compiler here: `make install` has left out the parser in C as well
         locked = re.sub(r"^gunicorn-h1c==(.*\\\n)*.*\n", "", locked, flags=re.M)
