@@ -29,6 +29,7 @@ from mlflow import MlflowClient
 from webtest import TestApp
 
 import fraud_api
+import report
 import train
 import versions
 from bench.tables import write_table
@@ -290,19 +291,21 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
 
 
-def trained(registry: str, *options: str) -> int:
-    """Train a small model by the command line's options, and give the exit status."""
+def trained(registry: str, *options: str, page: bool = False) -> int:
+    """Train a small model by the command line's options, and give the exit status. Its report is a page, or empty."""
     words = ["--rows", "20000", "--trees", "30", "--budget", "1", *options]
-    with few_resamples():
+    with few_resamples() as patch:
+        if not page:  # drawing takes half of the time
+            patch.setattr(report, "page", lambda *_: "")
         return train.run(train.arguments(words), config(mlflow_tracking_uri=registry))
 
 
 @contextmanager
-def few_resamples() -> Iterator[None]:
+def few_resamples() -> Iterator[pytest.MonkeyPatch]:
     """A fifth of the resamples: they take a third of the time of a small training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "RESAMPLES", 20)
-        yield
+        yield patch
 
 
 @pytest.fixture(scope="session")

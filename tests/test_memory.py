@@ -82,13 +82,13 @@ def send(service: Service, path: str, kind: str, body: bytes, missing: int = 0) 
 
 @pytest.mark.parametrize("name", [*BAD, "a body that breaks off"])
 def test_bad_bodies_leave_nothing(alone: Service, name: str) -> None:
-    """200 of a kind, 1 or 4 MB each: private memory is not larger than after the first ones."""
+    """100 of a kind, 1 or 4 MB each: private memory is not larger than after the first ones."""
     path, kind, body, statuses = BAD.get(name, ("/predict", JSON, PAD * 24, {400}))
     missing = 0 if name in BAD else 5000
     for _ in range(4):
         assert send(alone, path, kind, body, missing) in statuses
     sizes = [private(alone)]
-    for _ in range(20):
+    for _ in range(10):
         for _ in range(10):
             assert send(alone, path, kind, body, missing) in statuses
         sizes.append(private(alone))

@@ -402,7 +402,7 @@ def gated(registry: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     path = written(tmp_path_factory.mktemp("gated"), TABLE, "t.csv")
     weak = ("--name", "gated", "--data", str(path), "--trees", "2", "--test-size", "0.3")
     weak = (*weak, "--cost-missed", "400", "--cost-review", "2", "--max-alert-rate", "0.05", "--promote", "always")
-    assert trained(registry, *weak) == 0
+    assert trained(registry, *weak, page=True) == 0
     assert versions.aliases("gated") == {"champion": "1"}
     assert trained(registry, "--name", "gated", "--release", "better", "--rows", "20000", "--owner", "Risk") == 0
     return registry, path
@@ -619,7 +619,7 @@ def test_times_are_dates_to_people_and_numbers_to_the_code(registry: str, tmp_pa
     for number, (kind, column) in enumerate(times.items(), 1):
         path = written(tmp_path, table.rows.assign(is_fraud=table.labels, booked=column), f"t.{kind}")
         words = ("--name", "dated", "--data", str(path), "--time-column", "booked", "--trees", "2")
-        assert trained(registry, *words, "--promote", "never") == 0
+        assert trained(registry, *words, "--promote", "never", page=True) == 0
         tags = MlflowClient().get_model_version("dated", str(number)).tags
         assert json.loads(tags["split"])["last"] == 1_720_000_000 + 60 * 11_999
         run = MlflowClient().get_run(MlflowClient().get_model_version("dated", str(number)).run_id)
