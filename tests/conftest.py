@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -273,22 +274,69 @@ def failure(registry: str, **variables: str) -> tuple[int, float, list[str]]:
         service.stop()
 
 
-@pytest.fixture(scope="session")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+class Registry(Process):
     """A real MLflow server on loopback; it hands out artifacts itself."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    server = Process(
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")),
-        environ={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # it would leave its queues in /dev/shm
-        cwd=folder,
-    )
-    url = f"http://127.0.0.1:{port}"
-    server.wait_answer(f"{url}/health")
+
+    def __init__(self) -> None:
+        self.folder, port = Path(tempfile.mkdtemp(prefix="mlflow-")), free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        super().__init__(
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"),
+            *("--artifacts-destination", str(self.folder / "artifacts")),
+            environ={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # it would leave its queues in /dev/shm
+            cwd=self.folder,
+        )
+
+    def stop(self) -> int:
+        status = super().stop()
+        shutil.rmtree(self.folder)
+        return status
+
+
+REGISTRY = pytest.StashKey[Registry]()
+Once = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """pytest-xdist starts a process that runs tests. All of them share one registry, whose names no two files share."""
+    if REGISTRY not in node.config.stash:
+        node.config.stash[REGISTRY] = Registry()
+    node.workerinput["registry"] = node.config.stash[REGISTRY].url
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if REGISTRY in config.stash:
+        config.stash[REGISTRY].stop()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A lock of all processes that run tests."""
+    path = tmp_path_factory.getbasetemp().parent / "lock"
+
+    @contextmanager
+    def once() -> Iterator[None]:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def registry(request: pytest.FixtureRequest, once: Once) -> str:
+    """The address of the registry; started here where pytest-xdist is not used."""
+    url = getattr(request.config, "workerinput", {}).get("registry")
+    if url is None:
+        request.config.stash[REGISTRY] = Registry()
+        url = request.config.stash[REGISTRY].url
+    wait_until(lambda: get(f"{url}/health") == 200, "the registry answers")
     mlflow.set_tracking_uri(url)
-    versions.use_experiment(NAME, url)
-    yield url
-    server.stop()
+    with once():
+        versions.use_experiment(NAME, url)
+    return url
 
 
 def trained(registry: str, *options: str, page: bool = False) -> int:
@@ -309,17 +357,24 @@ def few_resamples() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="session")
-def champion(registry: str) -> str:
+def champion(registry: str, once: Once) -> str:
     """The registry, with a small model trained by the project in it: version 1, release v1.2.3, alias champion."""
-    assert trained(registry, "--release", "v1.2.3") == 0
+    with once():
+        assert trained(registry, "--release", "v1.2.3", "--if-missing") == 0
     return registry
 
 
 @pytest.fixture(scope="session")
-def second(champion: str) -> str:
+def second(champion: str, once: Once) -> str:
     """The number of another version in the registry, release v2, that scores otherwise. The alias stays."""
-    assert trained(champion, "--trees", "20", "--seed", "1", "--release", "v2", "--promote", "never") == 0
-    return str(max(int(found.version) for found in MlflowClient(champion).search_model_versions(f"name='{NAME}'")))
+
+    def found() -> list[Any]:
+        return list(MlflowClient(champion).search_model_versions(f"name='{NAME}' and tags.release='v2'"))
+
+    with once():
+        if not found():
+            assert trained(champion, "--trees", "20", "--seed", "1", "--release", "v2", "--promote", "never") == 0
+    return str(found()[0].version)
 
 
 @pytest.fixture(scope="session")
