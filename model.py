@@ -58,7 +58,7 @@ LEAVES_AT_A_TIME = 2**17  # rows × trees of a piece, whose arrays of 1 MB stay 
 # DataFrames are clipped to this: forests convert to float32 and refuse what does not fit.
 LARGEST = 1e30
 
-SKOPS_PROTOCOL = 2
+SKOPS_FILE, SKOPS_PROTOCOL = "model.skops", 2
 # Everything that a model in skops format may consist of: how objects are loaded, types and functions.
 _lines = Path(__file__).with_name("trusted_types.txt").read_text().splitlines()
 TRUSTED_TYPES = {line for line in _lines if line and not line.startswith("#")}
@@ -668,18 +668,19 @@ def _unsafe(folder: Path) -> list[str]:
     `load` reads the `sklearn` flavor of the `MLmodel` file and no other. MLflow trusts the types that it lists; skops
     trusts more types by itself. Whoever wrote the artifact wrote both, so only what is known here is let through.
     """
-    flavor = MLmodel.load(folder).flavors.get("sklearn", {})
-    file = str(flavor.get("pickled_model"))
+    flavor = MLmodel.load(folder).flavors.get("sklearn")
+    if flavor is None:
+        raise ModelError("it is no scikit-learn model: its MLmodel file has no flavor sklearn")
     rules: list[tuple[str, Any, Any]] = [
         ("serialization_format", flavor.get("serialization_format"), "skops"),
-        ("pickled_model", file, Path(file).name),
+        ("pickled_model", flavor.get("pickled_model"), SKOPS_FILE),
         ("code_paths", flavor.get("code"), None),
         ("skops_trusted_types", sorted({*(flavor.get("skops_trusted_types") or ())} - TRUSTED_TYPES), []),
     ]
     found = [
         f"{name} is {value}, expected {expected or 'none'}" for name, value, expected in rules if value != expected
     ]
-    return found or [f"it has {name} in it" for name in _untrusted(folder / file)]
+    return found or [f"it has {name} in it" for name in _untrusted(folder / SKOPS_FILE)]
 
 
 def _untrusted(file: Path) -> list[str]:

@@ -289,9 +289,12 @@ class Registry(Process):
         )
 
     def stop(self) -> int:
-        status = super().stop()
-        shutil.rmtree(self.folder)
-        return status
+        if self.popen.poll() is not None:
+            print(f"the registry has ended: {self.log}", file=sys.__stderr__)
+        try:
+            return super().stop()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 REGISTRY = pytest.StashKey[Registry]()
@@ -300,10 +303,14 @@ Once = Callable[[], AbstractContextManager[None]]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """pytest-xdist starts a process that runs tests. All of them share one registry, whose names no two files share."""
+    """pytest-xdist starts a process that runs tests. All of them share one registry.
+
+    Files of tests add versions to `fraud-detector`; every other name, and every alias, is used by one file only.
+    """
     if REGISTRY not in node.config.stash:
         node.config.stash[REGISTRY] = Registry()
-    node.workerinput["registry"] = node.config.stash[REGISTRY].url
+    registry = node.config.stash[REGISTRY]
+    node.workerinput |= {"registry": registry.url, "lock": str(registry.folder / "lock")}
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -312,13 +319,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Once:
     """A lock of all processes that run tests."""
-    path = tmp_path_factory.getbasetemp().parent / "lock"
+    path = getattr(request.config, "workerinput", {}).get("lock") or tmp_path_factory.mktemp("once") / "lock"
 
     @contextmanager
     def once() -> Iterator[None]:
-        with path.open("w") as file:
+        with open(path, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -330,8 +337,9 @@ def registry(request: pytest.FixtureRequest, once: Once) -> str:
     """The address of the registry; started here where pytest-xdist is not used."""
     url = getattr(request.config, "workerinput", {}).get("registry")
     if url is None:
-        request.config.stash[REGISTRY] = Registry()
-        url = request.config.stash[REGISTRY].url
+        own = request.config.stash[REGISTRY] = Registry()
+        own.wait_answer(f"{own.url}/health")
+        url = own.url
     wait_until(lambda: get(f"{url}/health") == 200, "the registry answers")
     mlflow.set_tracking_uri(url)
     with once():

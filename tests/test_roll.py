@@ -140,7 +140,8 @@ def test_what_is_wrong_with_a_version_stops_nothing(
         promote(pickled)
         assert refused() == (
             f"version {pickled} is not safe to load: "
-            "serialization_format is cloudpickle, expected skops (MODEL_ALLOW_UNSAFE; README: A model of your own)"
+            "serialization_format is cloudpickle, expected skops; pickled_model is model.pkl, expected model.skops "
+            "(MODEL_ALLOW_UNSAFE; README: A model of your own)"
         )
         client.delete_registered_model_alias(NAME, ALIAS)
         assert "alias rolling not found" in refused()

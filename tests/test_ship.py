@@ -648,7 +648,11 @@ def test_commands_exist() -> None:
 MAIN = "github.ref == 'refs/heads/main'"
 READ = {"contents": "read"}
 PIPELINE = {  # job: its permissions, the jobs it needs, and its steps but for setting up, each with its condition
-    "test": (READ, [], [("kubectl version --client", None), ("make lint test", None)]),
+    "test": (
+        READ,
+        [],
+        [("kubectl version --client", None), ("make lint test", None), ("make bulk-test", "matrix.python == '3.11'")],
+    ),
     "checkov": (READ, [], [("make checkov", None)]),
     "image": (
         READ | dict.fromkeys(("packages", "id-token", "attestations", "artifact-metadata"), "write"),

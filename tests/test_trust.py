@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import subprocess
+import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from conftest import NAME, TRANSACTION, config, failure, running
 from model import SKOPS_PROTOCOL, ModelError, Snapshot, acquire
 
 SEE = "(MODEL_ALLOW_UNSAFE; README: A model of your own)"
+A_PICKLE = "serialization_format is pickle, expected skops; pickled_model is model.pkl, expected model.skops"
 Poison = Callable[[Path, dict[str, Any], str], None]
 Poisoned = Callable[[Poison], tuple[str, Path]]
 
@@ -116,7 +118,9 @@ def a_method(folder: Path, flavors: dict[str, Any], canary: str) -> None:
 def a_loader_of_its_own(folder: Path, flavors: dict[str, Any], canary: str) -> None:
     """Of the flavor `python_function`, as `mlflow.pyfunc.load_model` would run it."""
     (folder / "code").mkdir()
-    (folder / "code" / "evil_loader.py").write_text(f"open({canary!r}, 'w')\nfrom mlflow.sklearn import _load_pyfunc\n")
+    (folder / "code" / "evil_loader.py").write_text(
+        f"open({canary!r}, 'w').close()\nfrom mlflow.sklearn import _load_pyfunc\n"
+    )
     flavors["python_function"] |= {"loader_module": "evil_loader", "code": "code"}
 
 
@@ -148,9 +152,8 @@ def poisoned(champion: str, snapshot: Snapshot, tmp_path: Path) -> Poisoned:
 @pytest.mark.parametrize(
     ("poison", "found"),
     [
-        (a_pickle, "serialization_format is pickle, expected skops"),
+        (a_pickle, A_PICKLE),
         (a_pickle_by_default, "serialization_format is None, expected skops"),
-        (no_scikit_learn_model, "serialization_format is None, expected skops"),
         (a_path_elsewhere, "pickled_model is ../../model.skops, expected model.skops"),
         (a_foreign_type, "skops_trusted_types is ['subprocess.getoutput'], expected none"),
         (a_foreign_type_unasked, "it has subprocess.getoutput in it"),
@@ -172,11 +175,25 @@ def test_refused(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Pois
     assert not canary.exists()
 
 
-def test_other_flavors_are_not_read(champion: str, poisoned: Poisoned, tmp_path: Path) -> None:
-    """The model is the one of the flavor `sklearn`, so what another flavor names never runs."""
+def test_other_flavors_are_not_read(
+    champion: str, poisoned: Poisoned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is the one of the flavor `sklearn`. What another flavor names runs where that is loaded, not here."""
     uri, canary = poisoned(a_loader_of_its_own)
     assert acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path, 60).unsafe == []
     assert not canary.exists()
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    mlflow.pyfunc.load_model(uri)
+    assert canary.exists()
+
+
+def test_no_scikit_learn_model(champion: str, poisoned: Poisoned, tmp_path: Path) -> None:
+    """It is not served, whatever the operator says."""
+    uri, _ = poisoned(no_scikit_learn_model)
+    with pytest.raises(ModelError) as raised:
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_allow_unsafe="true"), tmp_path, 60)
+    reason = "it is no scikit-learn model: its MLmodel file has no flavor sklearn"
+    assert str(raised.value) == f"{uri} at {champion}: {reason}"
 
 
 def test_protocol() -> None:
@@ -187,7 +204,7 @@ def test_protocol() -> None:
 def test_refused_at_start(champion: str, poisoned: Poisoned) -> None:
     uri, canary = poisoned(a_pickle)
     status, _, lines = failure(champion, model_uri=uri)
-    reason = f"is not safe to load: serialization_format is pickle, expected skops {SEE}"
+    reason = f"is not safe to load: {A_PICKLE} {SEE}"
     assert (status, lines) == (1, [f"cannot serve {uri} at {champion}: version {uri.rpartition('/')[2]} {reason}"])
     assert not canary.exists()
 
@@ -195,7 +212,7 @@ def test_refused_at_start(champion: str, poisoned: Poisoned) -> None:
 def test_the_poison_is_real(champion: str, poisoned: Poisoned) -> None:
     """What the tests above keep from running does run where the operator says so, and the service says so too."""
     uri, canary = poisoned(a_pickle_that_scores)
-    found = ["serialization_format is pickle, expected skops"]
+    found = A_PICKLE.split("; ")
     with running(champion, model_uri=uri, model_allow_unsafe="true") as service:
         assert canary.exists()
         assert service.post("/predict", TRANSACTION)["transaction_id"] == "tx_12345"
