@@ -192,8 +192,7 @@ def main() -> None:
             )
         ),
         f"| {NOTHING} | {options.rows:,} | {rates[2]:,.0f} | | |",
-        f"| `bulk.py` against the UDF | | {rates[0] / rates[1]:.1f}× | | |",
-        f"| the most that `mapInArrow` allows | | {rates[2] / rates[1]:.1f}× | | |",
+        f"| `bulk.py` against the UDF | | {rates[0] / rates[1]:.1f}× of at most {rates[2] / rates[1]:.1f}× | | |",
         "",
         "| first job of a Spark, `bulk.py` | rows/s | peak memory of a Python worker, MB | shared pages divided |",
         "| --: | --: | --: | --: |",
