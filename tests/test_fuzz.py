@@ -198,12 +198,12 @@ SEEDS = [
 
 
 def test_generated_requests(target: Service, chaos: Chaos, request: pytest.FixtureRequest) -> None:
-    """10,000 for each parser, whole ones with another body and broken ones: no 5xx, no worker lost, no more memory."""
+    """6,000 for each parser, whole ones with another body and broken ones: no 5xx, no worker lost, no more memory."""
     workers, counts, total = target.workers(), Counter(), 0
     generator = random.Random(4)
     sizes = []
     for number in chaos.rounds("generated requests"):
-        for _ in range(10_000 if number == 0 else 1000):
+        for _ in range(6_000 if number == 0 else 1000):
             seed = generator.choice(SEEDS)
             head, _, body = seed.partition(b"\r\n\r\n")
             if generator.random() < 0.5 and body and b"chunked" not in head:
