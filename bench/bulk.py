@@ -28,7 +28,7 @@ import mlflow
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 import bulk
 import data
@@ -79,12 +79,17 @@ def ours(source: Path, target: Path) -> float:
     return float(json.loads(output.getvalue())["rows_per_second"])
 
 
+def written(table: DataFrame, target: Path, rows: int) -> float:
+    """Rows per second of a job that reads, computes and writes a table."""
+    started = time.monotonic()
+    table.write.mode("overwrite").parquet(str(target))
+    return rows / (time.monotonic() - started)
+
+
 def by_udf(spark: SparkSession, score: object, source: Path, target: Path, rows: int) -> float:
     """Rows per second of MLflow's UDF: reading, scoring and writing."""
     probability = score(*FIELDS)[1].alias("fraud_probability")
-    scores, started = spark.read.parquet(str(source)).select("transaction_id", probability), time.monotonic()
-    scores.write.mode("overwrite").parquet(str(target))
-    return rows / (time.monotonic() - started)
+    return written(spark.read.parquet(str(source)).select("transaction_id", probability), target, rows)
 
 
 def pass_on(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -97,9 +102,8 @@ def pass_on(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def by_nothing(spark: SparkSession, source: Path, target: Path, rows: int) -> float:
     """Rows per second of Spark itself, reading and writing the columns of bulk.py through its Python workers."""
-    table, started = spark.read.parquet(str(source)).select(*bulk.RULES), time.monotonic()
-    table.mapInArrow(pass_on, bulk.SCORES).write.mode("overwrite").parquet(str(target))
-    return rows / (time.monotonic() - started)
+    table = spark.read.parquet(str(source)).select(*bulk.RULES)
+    return written(table.mapInArrow(pass_on, bulk.SCORES), target, rows)
 
 
 def speed(folder: Path, rows: int, fewer: int, rounds: int) -> tuple[float, ...]:

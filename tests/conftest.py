@@ -340,7 +340,8 @@ def registry(request: pytest.FixtureRequest, once: Once) -> str:
         own = request.config.stash[REGISTRY] = Registry()
         own.wait_answer(f"{own.url}/health")
         url = own.url
-    wait_until(lambda: get(f"{url}/health") == 200, "the registry answers")
+    else:
+        wait_until(lambda: get(f"{url}/health") == 200, "the registry answers")
     mlflow.set_tracking_uri(url)
     with once():
         versions.use_experiment(NAME, url)

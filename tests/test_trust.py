@@ -40,9 +40,13 @@ class Evil:
         return subprocess.call, (["touch", self.canary],)
 
 
-def a_pickle(folder: Path, flavors: dict[str, Any], canary: str) -> None:
-    (folder / "model.pkl").write_bytes(pickle.dumps(Evil(canary)))
+def write_pickle(folder: Path, flavors: dict[str, Any], model: object) -> None:
+    (folder / "model.pkl").write_bytes(pickle.dumps(model))
     flavors["sklearn"] |= {"serialization_format": "pickle", "pickled_model": "model.pkl"}
+
+
+def a_pickle(folder: Path, flavors: dict[str, Any], canary: str) -> None:
+    write_pickle(folder, flavors, Evil(canary))
 
 
 def a_pickle_by_default(folder: Path, flavors: dict[str, Any], canary: str) -> None:
@@ -54,8 +58,7 @@ def a_pickle_that_scores(folder: Path, flavors: dict[str, Any], canary: str) -> 
     """The champion itself, with something in it that runs when it is unpickled."""
     model = mlflow.sklearn.load_model(str(folder))
     model.evil = Evil(canary)
-    (folder / "model.pkl").write_bytes(pickle.dumps(model))
-    flavors["sklearn"] |= {"serialization_format": "pickle", "pickled_model": "model.pkl"}
+    write_pickle(folder, flavors, model)
 
 
 def no_scikit_learn_model(folder: Path, flavors: dict[str, Any], canary: str) -> None:
