@@ -102,7 +102,7 @@ bench: install ## compare the speed with other servers (8 minutes, needs wrk) an
 bench-models: install ## compare the models with LightGBM and logistic regression (10 minutes) and write the results into README.md
 	@$(WITH_ENV) $(BIN)/python -m bench.models
 
-bench-bulk: .venv-bulk/installed ## compare bulk.py with MLflow's Spark UDF (3 minutes, needs Java) and write the results into README.md
+bench-bulk: .venv-bulk/installed ## compare bulk.py with MLflow's Spark UDF (4 minutes, needs Java) and write the results into README.md
 	@PYTHONPATH="$(CURDIR)/.venv-bulk" $(WITH_ENV) $(BIN)/python -m bench.bulk $(ARGS)
 
 # Docker and podman read the build arguments from the environment; one that is not set keeps its default in Dockerfile.

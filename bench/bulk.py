@@ -106,7 +106,7 @@ def by_nothing(spark: SparkSession, source: Path, target: Path, rows: int) -> fl
     return written(table.mapInArrow(pass_on, bulk.SCORES), target, rows)
 
 
-def speed(folder: Path, rows: int, fewer: int, rounds: int) -> tuple[float, ...]:
+def speed(folder: Path, rows: int, rounds: int) -> tuple[float, ...]:
     """Rows per second of bulk.py, the UDF and Spark itself, medians, in one Spark whose Python workers have started."""
     write(warm_up := folder / "warm-up", WARM_UP, WARM_UP // 8)  # enough files for two tasks
     spark = start()
@@ -115,9 +115,10 @@ def speed(folder: Path, rows: int, fewer: int, rounds: int) -> tuple[float, ...]
     say(f"first job of the UDF: {by_udf(spark, score, warm_up, folder / 'udf', WARM_UP):,.0f} rows/s")
     found = []
     for number in range(1, rounds + 1):
-        own = ours(first(folder, rows), folder / "ours")
-        other = by_udf(spark, score, first(folder, fewer), folder / "udf", fewer)
-        most = by_nothing(spark, first(folder, rows), folder / "nothing", rows)
+        source = first(folder, rows)
+        own = ours(source, folder / "ours")
+        other = by_udf(spark, score, source, folder / "udf", rows)
+        most = by_nothing(spark, source, folder / "nothing", rows)
         say(f"round {number}/{rounds}: {own:,.0f} rows/s, UDF {other:,.0f} rows/s, Spark itself {most:,.0f} rows/s")
         found.append((own, other, most))
     spark.stop()
@@ -162,8 +163,7 @@ def memory(folder: Path, rows: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
-    parser.add_argument("--rows", type=int, default=4_000_000, help="for bulk.py (default %(default)s)")
-    parser.add_argument("--udf-rows", type=int, default=1_000_000, help="for the UDF (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=4_000_000, help="for each job (default %(default)s)")
     parser.add_argument("--most", type=int, default=20_000_000, help="for memory (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default %(default)s)")
     parser.add_argument("--port", type=int, default=18000, help="of the service (default %(default)s)")
@@ -179,7 +179,7 @@ def main() -> None:
         register(150)
         say(f"generating {options.most:,} transactions")
         write(folder, options.most)
-        rates = speed(folder, options.rows, options.udf_rows, options.rounds)
+        rates = speed(folder, options.rows, options.rounds)
         say(f"comparing {COMPARED:,} rows with /predict")
         same = compare(folder, options.port)
         used = [memory(folder, rows) for rows in (PIECE, options.most)]
@@ -190,10 +190,8 @@ def main() -> None:
         f"| job | rows | rows/s | of {COMPARED:,} rows equal to `/predict`, bit for bit | largest difference |",
         "| --- | --: | --: | --: | --: |",
         *(
-            f"| {name} | {rows:,} | {rate:,.0f} | {equal:,} | {gap:.1g} |"
-            for name, rows, rate, (equal, gap) in zip(
-                (OURS, UDF), (options.rows, options.udf_rows), rates[:2], same, strict=True
-            )
+            f"| {name} | {options.rows:,} | {rate:,.0f} | {equal:,} | {gap:.1g} |"
+            for name, rate, (equal, gap) in zip((OURS, UDF), rates[:2], same, strict=True)
         ),
         f"| {NOTHING} | {options.rows:,} | {rates[2]:,.0f} | | |",
         f"| `bulk.py` against the UDF | | {rates[0] / rates[1]:.1f}× of at most {rates[2] / rates[1]:.1f}× | | |",
