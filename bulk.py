@@ -136,7 +136,7 @@ def main(words: list[str] | None = None) -> None:
     config = prepare("bulk")
     try:
         with TemporaryDirectory(prefix="fraud-bulk-", dir=config.memory_dir) as folder:
-            model = load(acquire(config, Path(folder), config.model_load_timeout), config)
+            model = load(acquire(config, Path(folder)), config)
         print(msgspec.json.encode(run(options, config, model)).decode())
     except (ModelError, errors.PySparkException) as error:
         raise SystemExit(f"bulk: {str(error).strip().splitlines()[0]}") from None

@@ -138,11 +138,7 @@ class Config:
 
     def may_listen_on(self, host: str) -> bool:
         """Without keys the service listens on loopback only, unless the operator says otherwise."""
-        try:
-            local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            local = False
-        return bool(self.api_keys) or self.allow_anonymous or local
+        return bool(self.api_keys) or self.allow_anonymous or ipaddress.ip_address(host).is_loopback
 
     def mask(self, text: str) -> str:
         """`text` without secrets and credentials in addresses: for what libraries log."""

@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -292,32 +291,27 @@ class Turns:
     """Lets `at_a_time` threads work, in the order in which they come (a `threading.Semaphore` keeps no order)."""
 
     def __init__(self, wait_ms: int, at_a_time: int = 1) -> None:
-        self.seconds, self.free = wait_ms / 1000, at_a_time
-        self.lock, self.waiting = Lock(), deque[Any]()
+        self.seconds, self.at_a_time = wait_ms / 1000, at_a_time
+        self.lock, self.queue = Lock(), list[Any]()  # its first `at_a_time` threads have their turn, others wait
 
     @contextmanager
     def take(self, patient: bool = False) -> Iterator[None]:
         """Wait for a turn. Raises `HTTPServiceUnavailable` after `wait_ms`, unless patient."""
-        mine = Lock()
+        turn = Lock()
         with self.lock:
-            if self.free:
-                self.free -= 1
-            else:
-                mine.acquire()
-                self.waiting.append(mine)
-        if not mine.acquire(timeout=-1 if patient else self.seconds):
-            with self.lock:
-                if mine in self.waiting:
-                    self.waiting.remove(mine)
-                    raise falcon.HTTPServiceUnavailable(retry_after=1)
+            self.queue.append(turn)
+            if len(self.queue) > self.at_a_time:
+                turn.acquire()
         try:
+            if not turn.acquire(timeout=-1 if patient else self.seconds):
+                raise falcon.HTTPServiceUnavailable(retry_after=1)
             yield
         finally:
             with self.lock:
-                if self.waiting:
-                    self.waiting.popleft().release()
-                else:
-                    self.free += 1
+                place = self.queue.index(turn)
+                del self.queue[place]
+                if place < self.at_a_time <= len(self.queue):
+                    self.queue[self.at_a_time - 1].release()
 
 
 class Predict:

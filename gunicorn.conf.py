@@ -18,7 +18,6 @@ gc.set_threshold(10_000)  # with the default of 700, collections take a tenth of
 
 from config import LOOPBACK_ONLY, prepare
 
-started = time.monotonic()
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # until gunicorn has its own handlers
     signal.signal(number, lambda number, _: sys.exit(128 + number))
 settings = prepare("fraud-api")
@@ -44,7 +43,6 @@ workers = settings.web_concurrency
 worker_class = Worker
 threads = settings.max_connections
 worker_connections = threads + threads // 2  # gunicorn keeps worker_connections - threads idle connections
-backlog = 2048  # connections that wait to be accepted
 keepalive = 75  # longer than proxies keep idle connections, or they send a request on one that was just closed
 graceful_timeout = settings.graceful_timeout - settings.drain_seconds - 1  # 1 for what comes before and after
 timeout = graceful_timeout + 10  # seconds without a sign of life, after which the master kills a worker
@@ -58,8 +56,7 @@ def on_starting(server):
     server.log.info("%r", settings)
     try:
         server.folder = new_folder(settings.memory_dir)
-        seconds = settings.model_load_timeout - (time.monotonic() - started)
-        process.snapshot = acquire(settings, server.folder, seconds)
+        process.snapshot = acquire(settings, server.folder)
     except BaseException as error:
         on_exit(server)
         if not isinstance(error, ModelError):
@@ -103,10 +100,8 @@ def post_fork(server, worker):
     if worker.age > server.cfg.workers:
         server.WORKER_BOOT_ERROR = 1  # a worker that cannot start ends with this instead of 3, which ends the service
     signal.alarm(settings.model_load_timeout)  # ends a worker that hangs while it loads
-    worker.log.output.lines.clear()  # the master writes what it had queued
     process.metrics.use(worker.block, int(worker.snapshot.number))
     process.log_line, process.write_log = worker.log.output.put, worker.log.output.drain
-    server.cfg.set("graceful_timeout", max(server.cfg.graceful_timeout - 1, 1))
 
 
 def pre_request(worker, request):

@@ -1,7 +1,7 @@
 """The model: from the MLflow Model Registry into memory, and from transactions to probabilities of fraud.
 
-The master process runs a `ModelFetcher`, which downloads one version into memory (tmpfs) and verifies it. Each worker
-calls `load` after the fork and gets a `Model`. Both raise `ModelError` with a message for the operator.
+In a child of the master process, one version is downloaded into memory (tmpfs) and verified (`fetch_in_child`). Each
+worker calls `load` after the fork and gets a `Model`. Both raise `ModelError` with a message for the operator.
 """
 
 import fcntl
@@ -20,15 +20,15 @@ import time
 import traceback
 import zipfile
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import reduce
 from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import mlflow.artifacts
 import mlflow.sklearn
@@ -456,9 +456,7 @@ class Model:
         A coalition takes some fields from the transaction and the others from the reference. A field's value is the
         mean of what it adds to coalitions, as if fields came in random order (Shapley 1953; Lundberg and Lee 2017).
         """
-        if self.metadata.reference is None:
-            raise ValueError("the model has no reference transaction")
-        reference = values_of(self.metadata.reference.transaction)
+        reference = values_of(self.metadata.reference.transaction)  # type: ignore[union-attr]
         parts = pieces(columns, self.scorer.rows_at_a_time // len(COALITIONS))
         worth = np.concatenate([self.scorer.coalitions(part, reference) for part in parts])
         without = worth[:, [len(COALITIONS) - 1 - 2**number for number in range(len(FIELDS))]]
@@ -536,63 +534,63 @@ def _probes(categories: Sequence[str]) -> list[Features]:
 # -- registry → memory, in a child of the master -----------------------------------------------------------------------
 
 
-class ModelFetcher:
-    """A child process that resolves MODEL_URI, downloads that version and verifies that it loads, within `seconds`.
+def acquire(config: Config, folder: Path) -> Snapshot:
+    """Fetch the version that MODEL_URI names into `folder` and verify it. Raises `ModelError`."""
+    with closing(fetch_in_child(config, folder)) as answers:
+        return next(filter(None, answers))
+
+
+def fetch_in_child(config: Config, folder: Path, served: Snapshot | None = None) -> Generator[Snapshot | None]:
+    """Let a child process resolve MODEL_URI, download that version and verify that it loads.
+
+    Yields None every 0.1 s until the child has answered, then the snapshot. Raises `ModelError` if there is none within
+    MODEL_LOAD_TIMEOUT. `close` ends the child. A version that is `served` already is not downloaded again.
 
     The master itself opens no connection and starts no thread, because it forks workers; and whatever hangs (DNS, a
-    socket, C code) is killed with the child. A version that is `served` already is not downloaded again.
+    socket, C code) is killed with the child.
     """
-
-    def __init__(self, config: Config, folder: Path, seconds: float, served: Snapshot | None = None) -> None:
-        self.config, self.deadline = config, time.monotonic() + seconds
-        self.reader, writer = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # an exception raised amid the fork would be lost
-        self.child = os.fork()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        if not self.child:
-            _answer(config, folder / str(time.monotonic_ns()), seconds, served, writer)
-        os.close(writer)
-
-    def result(self, seconds: float = 0) -> Snapshot | None:
-        """The snapshot, or None if there is no answer within `seconds`. Raises `ModelError`."""
-        if select.select([self.reader], [], [], seconds)[0]:
-            with open(self.reader, "rb", closefd=False) as pipe:
+    deadline = time.monotonic() + config.model_load_timeout
+    child, reader = _fork(config, folder / str(time.monotonic_ns()), served)
+    try:
+        while not (readable := select.select([reader], [], [], 0.1)[0]) and time.monotonic() < deadline:
+            yield None
+        found: Snapshot | str = f"not loaded within {config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
+        if readable:
+            with open(reader, "rb", closefd=False) as pipe:
                 answer = pipe.read()
             died = "the process that loads it died; did it need more memory (MODEL_MEMORY_MB)?"
             found = msgspec.json.decode(answer, type=Snapshot | str) if answer else died
-        elif time.monotonic() < self.deadline:
-            return None
-        else:
-            found = f"not loaded within {self.config.model_load_timeout} s (MODEL_LOAD_TIMEOUT)"
-        if isinstance(found, Snapshot):
-            return found
-        place = without_credentials(self.config.mlflow_tracking_uri)
-        raise ModelError(f"{self.config.model_uri} at {place}: {found}")
-
-    def end(self) -> None:
-        """End the child process."""
-        os.close(self.reader)
-        with suppress(ChildProcessError, ProcessLookupError):  # gunicorn has waited for it
-            os.kill(self.child, signal.SIGKILL)
-            os.waitpid(self.child, 0)
-
-
-def acquire(config: Config, folder: Path, seconds: float) -> Snapshot:
-    """Fetch the version that MODEL_URI names into `folder` and verify it. Raises `ModelError`."""
-    fetcher = ModelFetcher(config, folder, seconds)
-    try:
-        while not (snapshot := fetcher.result(0.1)):
-            pass
-        return snapshot
+        if isinstance(found, str):
+            raise ModelError(f"{config.model_uri} at {without_credentials(config.mlflow_tracking_uri)}: {found}")
+        yield found
     finally:
-        fetcher.end()
+        os.close(reader)
+        with suppress(ChildProcessError):  # gunicorn has waited for it
+            if not os.waitpid(child, os.WNOHANG)[0]:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
 
 
-def _answer(config: Config, folder: Path, seconds: float, served: Snapshot | None, writer: int) -> NoReturn:
+def _fork(config: Config, folder: Path, served: Snapshot | None) -> tuple[int, int]:
+    """Start the child; return its process id and the pipe for its answer."""
+    reader, writer = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # an exception raised amid the fork would be lost
+    child = os.fork()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    if not child:
+        try:
+            _answer(config, folder, served, writer)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    return child, reader
+
+
+def _answer(config: Config, folder: Path, served: Snapshot | None, writer: int) -> None:
     """The child's work: a snapshot, or a sentence that says why there is none, as JSON into the pipe."""
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 1)  # should the master die first
+        signal.alarm(config.model_load_timeout + 1)  # should the master die first
         answer: Snapshot | str = _find(config, folder, served)
     except MemoryError:
         answer = f"it takes more than {config.model_memory_mb} MB of memory to load (MODEL_MEMORY_MB)"
@@ -600,10 +598,8 @@ def _answer(config: Config, folder: Path, seconds: float, served: Snapshot | Non
         log.debug("the model cannot be served: %s", config.mask(traceback.format_exc()))
         text = config.mask(str(error).partition("\n")[0] or repr(error))[:1000]
         answer = text.encode(errors="replace").decode()  # it may quote half of a surrogate pair
-    finally:
-        with open(writer, "wb") as pipe:
-            pipe.write(msgspec.json.encode(answer))
-        os._exit(0)
+    with open(writer, "wb") as pipe:
+        pipe.write(msgspec.json.encode(answer))
 
 
 def limit_memory(megabytes: int) -> None:
@@ -635,11 +631,9 @@ def _resolve(config: Config) -> tuple[str, str, str | None]:
     mlflow.set_tracking_uri(config.mlflow_tracking_uri)
     mlflow.set_registry_uri(config.mlflow_tracking_uri)
     client = MlflowClient()
-    name, _, number = config.model_uri.removeprefix("models:/").partition("/")
-    if not number:
-        name, _, alias = name.partition("@")
-        number = str(client.get_model_version_by_alias(name, alias).version)
-    return name, number, client.get_model_version(name, number).tags.get("release")
+    name, mark, which = re.split("([@/])", config.model_uri.removeprefix("models:/"))
+    found = (client.get_model_version_by_alias if mark == "@" else client.get_model_version)(name, which)
+    return name, str(found.version), found.tags.get("release")
 
 
 def fetch(config: Config, folder: Path, name: str, number: str, release: str | None) -> Snapshot:

@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ import fraud_api
 import telemetry
 from config import Config
 from fraud_api import process
-from model import ModelError, ModelFetcher, Snapshot
+from model import ModelError, Snapshot, fetch_in_child
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
@@ -45,31 +45,35 @@ class Connection(TConn):  # type: ignore[misc]
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.data_ready, self.timeout = True, math.inf  # gunicorn shall not wait for data
-        self.idle, self.since, self.moved = False, time.monotonic(), 0.0
+        self.idle, self.computing = False, False
+        self.since, self.moved = time.monotonic(), 0.0  # when `end_if_late` last looked, and the bytes moved until then
         self.probe_only = False  # the last free thread answers one health check
 
     def wait_for_request(self, keepalive: float) -> None:
         """Return when something comes, or the connection is shut down."""
-        self.timeout = time.monotonic() + keepalive
+        self.timeout, unreader = time.monotonic() + keepalive, self.parser.unreader
         self.idle = True
-        with suppress(OSError):
-            self.parser.unreader.unread(self.sock.recv(2**13))
+        with suppress(OSError):  # what was sent behind the last request without waiting, else what comes
+            unreader.unread(unreader.take_buffered() or self.sock.recv(2**13))
         self.idle, self.since = False, time.monotonic()
 
-    def is_late(self, slow_seconds: float, idle_until: float) -> bool:
-        """Whether it has been idle for too long, or has moved less than `SLOW_RATE` for `slow_seconds`."""
-        now, since, before = time.monotonic(), self.since, self.moved
+    def end_if_late(self, slow_seconds: float, idle_until: float) -> None:
+        """End it if it has been idle for too long, or has moved less than `SLOW_RATE` for `slow_seconds`."""
+        now = time.monotonic()
         if self.idle:
-            return now > min(self.timeout, idle_until)
-        if now - since < slow_seconds:
-            return False
-        self.since, self.moved = now, bytes_moved(self.sock)
-        return self.moved - before < SLOW_RATE * (now - since)
+            if now > min(self.timeout, idle_until):
+                self.end(socket.SHUT_RD)  # a request that has just come is answered
+        elif self.computing:
+            self.since = now
+        elif now - self.since >= slow_seconds:
+            since, before, self.since, self.moved = self.since, self.moved, now, bytes_moved(self.sock)
+            if self.moved - before < SLOW_RATE * (now - since):
+                self.end()
 
-    def shut_down(self) -> None:
-        """End it; its thread closes it. A request that has just come on an idle connection is answered."""
+    def end(self, how: int = socket.SHUT_RDWR) -> None:
+        """Shut it down; its thread closes it."""
         with suppress(OSError):  # it has ended
-            self.sock.shutdown(socket.SHUT_RD if self.idle else socket.SHUT_RDWR)
+            self.sock.shutdown(how)
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -104,7 +108,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def stop(self) -> None:
         """Accept no more, let requests in progress end, and leave idle connections a while."""
-        deadline = time.monotonic() + self.cfg.graceful_timeout
+        deadline = time.monotonic() + max(self.cfg.graceful_timeout - 1, 1)  # before the master kills this worker
         with self.accepting:
             for listener in self.sockets:  # serve what waits, if the whole service stops; else other workers do
                 while process.stopping[0] and len(self.conns) < self.cfg.threads and (conn := accept(self, listener)):
@@ -114,7 +118,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         while self.conns and time.monotonic() < deadline:
             self.watch(0.02)
         for conn in list(self.conns):
-            conn.shut_down()
+            conn.end()
         for thread in self.threads:
             thread.join(timeout=1)
 
@@ -122,8 +126,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Close the connections that are late, and wait up to `seconds` for a signal."""
         self.notify()
         for conn in list(self.conns):
-            if conn.is_late(self.settings.slow_seconds, self.idle_until):
-                conn.shut_down()
+            conn.end_if_late(self.settings.slow_seconds, self.idle_until)
         if select.select([self.PIPE[0]], [], [], seconds)[0]:
             os.read(self.PIPE[0], 4096)
 
@@ -151,12 +154,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         current.connection, current.unread = conn, False
         try:
             while self.handle(conn) and not conn.probe_only:
-                if more := conn.parser.unreader.take_buffered():  # sent behind the request without waiting
-                    conn.parser.unreader.unread(more)
-                else:
-                    self.keepalived_conns.add(conn)
-                    conn.wait_for_request(self.cfg.keepalive)
-                    self.keepalived_conns.remove(conn)
+                self.keepalived_conns.add(conn)
+                conn.wait_for_request(self.cfg.keepalive)
+                self.keepalived_conns.remove(conn)
         except Exception:  # the thread goes on
             self.log.exception("a connection failed")
         finally:
@@ -248,11 +248,11 @@ def close_connection() -> None:
 @contextmanager
 def computing() -> Iterator[None]:
     """While this thread waits for its turn and computes, it does not wait for its client, which is not slow then."""
-    current.connection.since = math.inf
+    current.connection.computing = True
     try:
         yield
     finally:
-        current.connection.since = time.monotonic()
+        current.connection.computing = False
 
 
 class Supervisor:
@@ -303,23 +303,21 @@ class Supervisor:
 
     def fetch(self) -> Generator[None, None, Snapshot | None]:
         """The version that MODEL_URI names now, verified; None if there is none that can be served."""
-        fetcher = ModelFetcher(self.settings, self.folder, self.settings.model_load_timeout, self.served)
         try:
-            while not (found := fetcher.result()):
-                yield
+            with closing(fetch_in_child(self.settings, self.folder, self.served)) as answers:
+                while not (found := next(answers)):
+                    yield
             return found
         except ModelError as error:
             process.metrics.add("failed_reloads")
             self.log.error("still serving %s, not %s", self.served.version, error)
             return None
-        finally:
-            fetcher.end()
 
     def roll(self, found: Snapshot) -> Iterator[None]:
         """One by one, start a worker that serves the new version, and when it is ready let the oldest worker stop."""
         announce(self.log, "verified, replacing workers for", found)
         process.snapshot, workers = found, self.server.WORKERS
-        while any(worker.snapshot is not process.snapshot for worker in workers.values()):
+        while not workers or any(worker.snapshot is not process.snapshot for worker in workers.values()):
             wanted = process.snapshot  # `lost` sets it back if the new worker ends
             self.server.num_workers += 1  # gunicorn starts one more, and below it stops the oldest
             try:

@@ -170,6 +170,7 @@ class Output(logging.Handler):
         super().__init__()
         self.lost, self.mask, self.lines, self.writing = lost, mask, deque[bytes](), threading.Lock()
         self.wanted: threading.Event | None = None  # in a process that writes from a thread
+        os.register_at_fork(after_in_child=self.lines.clear)  # the parent writes what it had queued
 
     def start(self) -> None:
         """Write from a thread from now on. In a process that forks, each line is written at once instead."""

@@ -259,7 +259,7 @@ def write_bodies(folder: Path) -> dict[str, Path]:
 
 def processes(folder: Path, port: int) -> dict[str, tuple[float, float]]:
     """Private memory of a worker in MB and seconds from fork to ready, shared and not."""
-    snapshot = acquire(Config.from_environ(os.environ | {"MODEL_URI": "models:/bench-150@champion"}), folder, 60)
+    snapshot = acquire(Config.from_environ(os.environ | {"MODEL_URI": "models:/bench-150@champion"}), folder)
     (folder / "snapshot").write_bytes(msgspec.json.encode(snapshot))
     unshared = [str(BIN / "gunicorn"), "-c", str(HERE / "unshared.conf.py"), "fraud_api:get_app()"]
     environ = {"SNAPSHOT": str(folder / "snapshot")}

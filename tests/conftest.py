@@ -395,7 +395,7 @@ def service(champion: str) -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def snapshot(champion: str, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     """The champion's files, fetched as the service fetches them."""
-    return acquire(config(mlflow_tracking_uri=champion), tmp_path_factory.mktemp("snapshot"), 60)
+    return acquire(config(mlflow_tracking_uri=champion), tmp_path_factory.mktemp("snapshot"))
 
 
 @pytest.fixture(scope="session")

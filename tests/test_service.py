@@ -114,7 +114,7 @@ def test_credentials_in_the_address_stay_out_of_sight(champion: str, tmp_path: P
         assert "API_KEYS=['-:***']" in service.log
     options = config(mlflow_tracking_uri=address, model_uri=f"models:/{NAME}/99", mlflow_tracking_token="s3cret-too")
     with pytest.raises(ModelError) as raised:
-        acquire(options, tmp_path, 60)
+        acquire(options, tmp_path)
     assert str(raised.value).startswith(f"models:/{NAME}/99 at {champion}: ")
     assert "s3cret" not in str(raised.value)
 
@@ -320,14 +320,14 @@ def test_silent_registry(silent_server: str) -> None:
 
 def test_missing_alias(champion: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"^models:/{NAME}@nobody at {champion}: .*alias nobody not found"):
-        acquire(config(mlflow_tracking_uri=champion, model_uri=f"models:/{NAME}@nobody"), tmp_path, 60)
+        acquire(config(mlflow_tracking_uri=champion, model_uri=f"models:/{NAME}@nobody"), tmp_path)
 
 
 def test_no_database(tmp_path: Path) -> None:
     """A path to no database is an error, and is not made one."""
     uri = f"sqlite:///{tmp_path}/nowhere.db"
     with pytest.raises(ModelError) as raised:
-        acquire(config(mlflow_tracking_uri=uri), tmp_path, 60)
+        acquire(config(mlflow_tracking_uri=uri), tmp_path)
     reason = "there is no such database; `make model` trains and registers a first model"
     assert str(raised.value) == f"models:/{NAME}@champion at {uri}: {reason}"
     assert list(tmp_path.iterdir()) == []
