@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -57,7 +57,6 @@ class Process:
     log_line: Callable[[dict[str, Any]], None] = lambda line: None
     write_log: Callable[[], None] = lambda: None  # what log_line has queued
     close_connection: Callable[[], None] = lambda: None  # after the answer
-    computing: Callable[[], AbstractContextManager[None]] = nullcontext  # as long as the client is not waited for
 
 
 process = Process()
@@ -352,7 +351,7 @@ class PredictBatch:
             return
         with self.bodies.take():
             body = read_json(req, self.config.max_body_bytes)
-            with self.process.computing(), self.turns.take():
+            with self.turns.take():
                 self.answer_document(body, explain, req, resp)
 
     def answer_document(self, body: bytes, explain: bool, req: falcon.Request, resp: falcon.Response) -> None:
@@ -373,7 +372,7 @@ class PredictBatch:
         started = False
         try:
             for lines in read_lines(stream, self.config.max_line_bytes):
-                with self.process.computing(), self.turns.take(patient=started):
+                with self.turns.take(patient=started):
                     rows = decode_rows(lines, logged.get("rows", 0), self.config.max_line_bytes)
                     predictions = iter(self.predictor.predict_rows(rows, explain, logged))
                     answers = encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])

@@ -27,12 +27,12 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection take
 import fraud_api  # imports the numeric libraries, which read the environment that `prepare` has made
 import telemetry
 from model import ModelError, acquire, new_folder
-from server import Supervisor, Worker, announce, close_connection, computing, current, shared_flag
+from server import Supervisor, Worker, announce, close_connection, current, shared_flag
 
 METRICS_BLOCKS = 4096  # a new one for each worker of a new version
 process = fraud_api.process
 process.stopping, process.metrics = shared_flag(), telemetry.Metrics(METRICS_BLOCKS)
-process.close_connection, process.computing = close_connection, computing
+process.close_connection = close_connection
 Worker.settings = settings
 telemetry.Log.mask, telemetry.Log.metrics = settings.mask, process.metrics
 
@@ -107,6 +107,8 @@ def post_fork(server, worker):
 def pre_request(worker, request):
     """So that `close_connection` finds it."""
     current.request = request
+    if current.connection.sock.surplus:
+        request.force_close()
 
 
 def post_worker_init(worker):

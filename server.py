@@ -5,9 +5,11 @@ gunicorn's documentation does not promise, and looks them up in the installed ve
 to the minor version that they were checked with.
 """
 
+import errno
 import math
 import mmap
 import os
+import re
 import select
 import shutil
 import socket
@@ -15,12 +17,10 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
-from functools import partial
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, cast
 
-from gunicorn import util
 from gunicorn.arbiter import Arbiter
 from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import TConn, ThreadWorker
@@ -33,55 +33,70 @@ from model import ModelError, Snapshot, fetch_in_child
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
+SURPLUS_SECONDS = 0.05  # for which the main thread waits for a client beyond MAX_CONNECTIONS
 # Of this thread: the `connection` that it serves, the `request` that it handles, and whether part of it is `unread`. If
 # so, gunicorn waits up to 2 s for the client to close: a connection that is closed with something unread is reset, and
 # the client may lose the answer.
 current = threading.local()
 
 
-class Connection(TConn):  # type: ignore[misc]
-    """A connection, and how much it moves."""
+class Client(socket.socket):
+    """The socket of a client. Waiting for the client takes from `credit`, in seconds; bytes that move add to it.
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.data_ready, self.timeout = True, math.inf  # gunicorn shall not wait for data
-        self.idle, self.computing = False, False
-        self.since, self.moved = time.monotonic(), 0.0  # when `end_if_late` last looked, and the bytes moved until then
-        self.probe_only = False  # the last free thread answers one health check
+    A client without credit is slow, and the connection is closed. What the service computes takes no credit.
+    """
 
-    def wait_for_request(self, keepalive: float) -> None:
-        """Return when something comes, or the connection is shut down."""
-        self.timeout, unreader = time.monotonic() + keepalive, self.parser.unreader
-        self.idle = True
-        with suppress(OSError):  # what was sent behind the last request without waiting, else what comes
-            unreader.unread(unreader.take_buffered() or self.sock.recv(2**13))
-        self.idle, self.since = False, time.monotonic()
+    def __init__(self, accepted: socket.socket, seconds: float) -> None:
+        super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self.limit(seconds)
 
-    def end_if_late(self, slow_seconds: float, idle_until: float) -> None:
-        """End it if it has been idle for too long, or has moved less than `SLOW_RATE` for `slow_seconds`."""
-        now = time.monotonic()
-        if self.idle:
-            if now > min(self.timeout, idle_until):
-                self.end(socket.SHUT_RD)  # a request that has just come is answered
-        elif self.computing:
-            self.since = now
-        elif now - self.since >= slow_seconds:
-            since, before, self.since, self.moved = self.since, self.moved, now, bytes_moved(self.sock)
-            if self.moved - before < SLOW_RATE * (now - since):
-                self.end()
+    def limit(self, seconds: float, surplus: bool = False) -> None:
+        """Set the most credit. To that of a surplus client, bytes add nothing."""
+        self.credit, self.most, self.surplus = seconds, seconds, surplus
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # raises BlockingIOError after that time (socket(7))
+            self.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000)))
+
+    def wait(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call a method that waits for the client. Raises `ConnectionResetError` if it is slow."""
+        started = time.monotonic()
+        try:
+            done = call(*args)
+        except BlockingIOError:
+            done, self.credit = b"", 0.0
+        moved = 0 if self.surplus else done if isinstance(done, int) else len(done)
+        self.credit = min(self.credit + moved / SLOW_RATE - (time.monotonic() - started), self.most)
+        if self.credit <= 0:
+            raise ConnectionResetError(errno.ECONNRESET, "the client is slow")  # gunicorn closes it quietly
+        return done
+
+    def recv(self, *args: Any) -> bytes:
+        return cast(bytes, self.wait(super().recv, *args))
+
+    def sendall(self, data: Any, *args: Any) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.wait(super().send, rest, *args) :]
+
+    def next_request(self, seconds: float) -> bytes:
+        """The begin of the next request; b"" if none comes. Waiting for it takes no credit."""
+        deadline = time.monotonic() + seconds
+        with suppress(OSError):
+            while time.monotonic() < deadline:
+                with suppress(BlockingIOError):  # it has waited for the time of `limit`
+                    return super().recv(2**13)
+        return b""
 
     def end(self, how: int = socket.SHUT_RDWR) -> None:
         """Shut it down; its thread closes it."""
         with suppress(OSError):  # it has ended
-            self.sock.shutdown(how)
+            self.shutdown(how)
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker with a thread for each connection, so that slow clients cannot block others.
 
-    One free thread at a time waits for a new connection, and serves it until it is closed. The last free thread serves
-    health checks only, and answers 503 to the others. The main thread closes connections that are slow, or idle for too
-    long. A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
+    The main thread accepts connections. Beyond MAX_CONNECTIONS it answers 503, but for health checks, which it serves
+    itself. A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
     """
 
     settings: Config
@@ -89,149 +104,120 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
-        self.conns, self.keepalived_conns = set[Connection](), set[Connection]()  # all, and the idle ones among them
-        self.threads, self.accepting, self.idle_until = list[threading.Thread](), threading.Lock(), math.inf
+        self.conns, self.keepalived_conns = set[TConn](), set[TConn]()  # all, and the idle ones among them
 
     def run(self) -> None:
-        """In the main thread: watch the connections until a signal comes, then stop."""
-        self.readable = select.poll()
-        end, writer = os.pipe()  # `end` is readable when the worker stops
-        for source in (end, *self.sockets):
-            self.readable.register(source, select.POLLIN)
-        with self.accepting:  # until the thread is in `threads`, which it compares with `conns`
-            start_thread(self, self.work)
+        """Accept connections until a signal comes, then stop."""
         while self.alive and self.is_parent_alive():
-            self.watch(1)
+            self.accept_waiting(1)
         self.alive: bool = False
-        os.close(writer)
         self.stop()
+
+    def accept_waiting(self, seconds: float) -> bool:
+        """Wait up to `seconds` for connections and signals; return whether there were any."""
+        self.notify()
+        ready = select.select(self.wait_fds, [], [], seconds)[0]
+        for source in ready:
+            if source == self.PIPE[0]:
+                os.read(source, 4096)
+            else:
+                self.accept(source)
+        return bool(ready)
+
+    def accept(self, listener: Any) -> None:
+        """Serve a new connection in a thread of its own, or refuse it."""
+        try:
+            accepted, address = listener.accept()
+        except OSError as error:  # another worker has it, or there is no descriptor or memory for it
+            time.sleep(0 if isinstance(error, BlockingIOError) else 0.05)
+            return
+        full = len(self.conns) >= self.cfg.threads
+        if full and not is_probe(accepted):
+            answer_problem(self.log, accepted, 503)
+            accepted.close()
+            return
+        client = Client(accepted, self.settings.slow_seconds)
+        conn = TConn(self.cfg, client, address, listener.getsockname())
+        conn.data_ready = True  # gunicorn shall not wait for data
+        self.conns.add(conn)
+        if full:
+            client.limit(SURPLUS_SECONDS, surplus=True)
+            self.serve(conn)
+            return
+        with suppress(RuntimeError):  # the system allows no more threads: the next free one serves it
+            self.tpool.submit(self.serve, conn)
+
+    def serve(self, conn: TConn) -> None:
+        """Handle the requests of a connection until it is closed."""
+        current.connection, current.unread = conn, False
+        try:
+            while self.handle(conn) and not conn.sock.surplus and self.wait_for_request(conn):
+                pass
+        except Exception:  # the worker goes on
+            self.log.exception("a connection failed")
+        finally:
+            with suppress(OSError):  # gunicorn has closed it
+                conn.close(graceful=current.unread and not conn.sock.surplus)
+            self.conns.remove(conn)
+
+    def wait_for_request(self, conn: TConn) -> bool:
+        """Whether one more request comes on an idle connection."""
+        self.keepalived_conns.add(conn)
+        more = conn.parser.unreader.take_buffered()  # sent behind the last request without waiting
+        more = more or conn.sock.next_request(self.cfg.keepalive if self.alive else LINGER)
+        conn.parser.unreader.unread(more)
+        self.keepalived_conns.remove(conn)
+        return bool(more)
 
     def stop(self) -> None:
         """Accept no more, let requests in progress end, and leave idle connections a while."""
         deadline = time.monotonic() + max(self.cfg.graceful_timeout - 1, 1)  # before the master kills this worker
-        with self.accepting:
-            for listener in self.sockets:  # serve what waits, if the whole service stops; else other workers do
-                while process.stopping[0] and len(self.conns) < self.cfg.threads and (conn := accept(self, listener)):
-                    start_thread(self, self.serve, conn)
-                listener.close()
-        self.idle_until = time.monotonic() + LINGER
-        while self.conns and time.monotonic() < deadline:
-            self.watch(0.02)
+        while process.stopping[0] and self.accept_waiting(0):
+            pass  # what waits, if the whole service stops; else other workers accept it
+        for listener in self.sockets:
+            listener.close()
+        wait_for_end(self, min(time.monotonic() + LINGER, deadline))
+        for conn in list(self.keepalived_conns):
+            conn.sock.end(socket.SHUT_RD)  # a request that has just come is answered
+        wait_for_end(self, deadline)
         for conn in list(self.conns):
-            conn.end()
-        for thread in self.threads:
-            thread.join(timeout=1)
+            conn.sock.end()
+        wait_for_end(self, time.monotonic() + 1)
 
-    def watch(self, seconds: float) -> None:
-        """Close the connections that are late, and wait up to `seconds` for a signal."""
-        self.notify()
-        for conn in list(self.conns):
-            conn.end_if_late(self.settings.slow_seconds, self.idle_until)
-        if select.select([self.PIPE[0]], [], [], seconds)[0]:
-            os.read(self.PIPE[0], 4096)
-
-    def work(self) -> None:
-        """In a thread: serve one connection after another."""
-        while conn := self.next_connection():
-            self.serve(conn)
-
-    def next_connection(self) -> Connection | None:
-        """Wait for a connection; None if the worker stops."""
-        with self.accepting:
-            while self.alive:
-                self.readable.poll()
-                for conn in filter(None, map(partial(accept, self), self.sockets)):
-                    conn.probe_only = not another_is_free(self)
-                    if not conn.probe_only or is_probe(conn):
-                        return conn
-                    answer_problem(self.log, conn.sock, 503)
-                    conn.close()
-                    self.conns.remove(conn)
-        return None
-
-    def serve(self, conn: Connection) -> None:
-        """Handle the requests of a connection until it is closed."""
-        current.connection, current.unread = conn, False
-        try:
-            while self.handle(conn) and not conn.probe_only:
-                self.keepalived_conns.add(conn)
-                conn.wait_for_request(self.cfg.keepalive)
-                self.keepalived_conns.remove(conn)
-        except Exception:  # the thread goes on
-            self.log.exception("a connection failed")
-        finally:
-            self.keepalived_conns.discard(conn)
-            with suppress(OSError):  # gunicorn has closed it
-                conn.close(graceful=current.unread and not conn.probe_only)
-            # Not before: gunicorn may have waited for the client in `close`, and the thread was not free.
-            self.conns.remove(conn)
-
-    def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
+    def handle_error(self, req: Any, client: Client, addr: Any, exc: Exception) -> None:
         current.unread = True
         if isinstance(exc, ParseException):
-            answer_problem(self.log, client, 400, req)
+            answer_problem(self.log, client, 400)
         else:
             super().handle_error(req, client, addr, exc)
 
 
-def answer_problem(log: telemetry.Log, client: socket.socket, status: int, req: Any = None) -> None:
+def wait_for_end(worker: Worker, deadline: float) -> None:
+    """Wait until all connections are closed."""
+    while worker.conns and time.monotonic() < deadline:
+        worker.notify()
+        time.sleep(0.02)
+
+
+def answer_problem(log: telemetry.Log, client: socket.socket, status: int) -> None:
     """Answer overload, or what is not HTTP, with a problem that does not echo what was sent."""
-    request_id = fraud_api.request_id(dict(req.headers).get("X-REQUEST-ID") if req else None)
-    asked = {"REQUEST_METHOD": req.method, "PATH_INFO": req.path} if req else {}
-    log.answered({telemetry.LOG_FIELDS: {"request_id": request_id}, **asked}, status)
+    request_id = fraud_api.request_id(None)
+    log.answered({telemetry.LOG_FIELDS: {"request_id": request_id}}, status)
     found = fraud_api.problem(status, request_id=request_id)
     body = fraud_api.encode(found)
     fields = {"Content-Type": fraud_api.PROBLEM, "Content-Length": len(body), "Connection": "close"}
     fields |= {"X-Request-ID": request_id} | ({"Retry-After": 1} if status == 503 else {})
     lines = [f"HTTP/1.1 {status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     with suppress(OSError):  # the client may be gone
-        util.write_nonblock(client, "\r\n".join(lines).encode() + body)
+        client.send("\r\n".join(lines).encode() + body, socket.MSG_DONTWAIT)
+        client.recv(2**16, socket.MSG_DONTWAIT)  # a connection that is closed with something unread is reset
 
 
-def start_thread(worker: Worker, target: Callable[..., None], *args: Any) -> None:
-    thread = threading.Thread(target=target, args=args, daemon=True)
-    thread.start()
-    worker.threads.append(thread)
-
-
-def another_is_free(worker: Worker) -> bool:
-    """Whether another thread is free. If none is, one is started, up to MAX_CONNECTIONS of them."""
-    if len(worker.threads) <= len(worker.conns) and len(worker.threads) < worker.cfg.threads:
-        with suppress(RuntimeError):  # the system allows no more
-            start_thread(worker, worker.work)
-    return len(worker.threads) > len(worker.conns)
-
-
-def accept(worker: Worker, listener: Any) -> Connection | None:
-    """A new connection; None if there is none, or no descriptor or memory for it."""
-    try:
-        conn = Connection(worker.cfg, *listener.accept(), listener.getsockname())
-    except OSError as error:
-        time.sleep(0 if isinstance(error, BlockingIOError) else 0.05)
-        return None
-    worker.conns.add(conn)
-    return conn
-
-
-def is_probe(conn: Connection) -> bool:
-    """Whether a connection begins with a health check, which is not refused, or a busy service would be restarted."""
+def is_probe(client: socket.socket) -> bool:
+    """Whether a request is a health check, which is not refused, or a busy service would be restarted."""
     with suppress(OSError):
-        begun = conn.sock.recv(2**16, socket.MSG_DONTWAIT)
-        if begun.startswith(b"GET /health") and b"\r\n\r\n" in begun:
-            conn.init()
-            conn.parser.unreader.unread(begun)
-            return True
+        return re.match(b"(GET|HEAD) /health", client.recv(64, socket.MSG_DONTWAIT | socket.MSG_PEEK)) is not None
     return False
-
-
-def bytes_moved(connection: socket.socket) -> float:
-    """Bytes of a TCP connection that were received and that the client has acknowledged (tcp(7), linux/tcp.h)."""
-    try:
-        return float(
-            sum(struct.unpack_from("QQ", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 120))
-        )
-    except (OSError, struct.error):  # no TCP, or a kernel that does not count
-        return math.inf
 
 
 def shared_flag() -> mmap.mmap:
@@ -243,16 +229,6 @@ def close_connection() -> None:
     """Close the connection of this thread's request after the answer. Its body may not have been read to the end."""
     current.request.force_close()
     current.unread = True
-
-
-@contextmanager
-def computing() -> Iterator[None]:
-    """While this thread waits for its turn and computes, it does not wait for its client, which is not slow then."""
-    current.connection.computing = True
-    try:
-        yield
-    finally:
-        current.connection.computing = False
 
 
 class Supervisor:

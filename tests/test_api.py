@@ -884,7 +884,7 @@ def test_a_stream_waits_for_its_turn(model: Model) -> None:
             next(resource.answer_stream(io.BytesIO(LINE * 100), False, {}))
         thread = threading.Thread(target=lambda: rest.extend(answers))
         thread.start()
-        wait_until(lambda: resource.turns.waiting, "it waits")
+        wait_until(lambda: len(resource.turns.queue) == 2, "it waits")
         with pytest.raises(falcon.HTTPServiceUnavailable), resource.turns.take():  # longer than MAX_WAIT_MS
             pass
     thread.join()

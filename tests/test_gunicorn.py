@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from gunicorn import SERVER_SOFTWARE, util
+from gunicorn import SERVER_SOFTWARE
 from gunicorn.arbiter import Arbiter
 from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
@@ -18,12 +18,14 @@ from conftest import HERE
 
 # What is used beyond the documentation: methods and functions; attributes.
 PRIVATE = {
-    ThreadWorker: ("handle handle_error is_parent_alive notify run", "PIPE alive keepalived_conns"),
-    TConn: ("__init__ close init", "data_ready parser sock timeout"),
+    ThreadWorker: (
+        "accept handle handle_error is_parent_alive notify run",
+        "PIPE alive keepalived_conns tpool wait_fds",
+    ),
+    TConn: ("close", "data_ready parser sock"),
     RequestParser: ("", "unreader"),
     Unreader: ("take_buffered unread", ""),
-    Request: ("force_close", "headers"),
-    util: ("write_nonblock", ""),
+    Request: ("force_close", ""),
     Arbiter: ("manage_workers handle_hup handle_term", "WORKERS WORKER_BOOT_ERROR num_workers"),
 }
 # What gunicorn's documentation shows its hooks to use: https://gunicorn.org/reference/settings/#server-hooks
@@ -41,21 +43,14 @@ HOLDS = {
         "conn": TConn,
         "conn.parser": RequestParser,
         "conn.parser.unreader": Unreader,
-        "req": Request,
-        "util": util,
     },
-    "Connection": {"self": TConn, "self.parser": RequestParser, "self.parser.unreader": Unreader},
-    "answer_problem": {"req": Request, "util": util},
-    "is_probe": {"conn": TConn, "conn.parser": RequestParser, "conn.parser.unreader": Unreader},
     "close_connection": {"current.request": Request},
     "Supervisor": {"server": Arbiter, "self.server": Arbiter, "worker": ThreadWorker},
 }
 
 
 def names_of(owner: Any) -> set[str]:
-    """The methods and attributes of a class of gunicorn, those that it assigns to itself included; or of a module."""
-    if inspect.ismodule(owner):
-        return {*dir(owner)}
+    """The methods and attributes of a class of gunicorn, those that it assigns to itself included."""
     source = "".join(map(inspect.getsource, owner.__mro__[:-1]))
     return {*dir(owner)} - {*dir(object)} | {"__init__"} | {*re.findall(r"\bself\.(\w+) = ", source)}
 

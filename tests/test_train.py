@@ -661,7 +661,7 @@ def test_a_version_that_decides_by_expected_cost(registry: str, tmp_path: Path) 
     words = (*words, "--rows", "15000", "--trees", "5")
     assert trained(registry, *words) == 0
     known = config(mlflow_tracking_uri=registry, model_uri="models:/by-cost@champion")
-    served = load(acquire(known, tmp_path, 60), known)
+    served = load(acquire(known, tmp_path), known)
     assert (served.metadata.threshold, served.metadata.review_cost) == (None, 4.0)
     run = MlflowClient().get_run(MlflowClient().get_model_version("by-cost", "1").run_id)
     _, held_out, _ = data.split(data.generate(15_000, 0), 0.2)
@@ -687,7 +687,7 @@ def test_a_model_of_your_own(registry: str, tmp_path: Path) -> None:
     )
     exec(code, {"model": forest, "rows": SAMPLE.rows})
     known = config(mlflow_tracking_uri=registry, model_uri="models:/my-model@champion")
-    served = load(acquire(known, tmp_path, 60), known)
+    served = load(acquire(known, tmp_path), known)
     app = TestApp(fraud_api.create_app(known, served, fraud_api.Process()))
     frame = pd.DataFrame([{name: TRANSACTION[name] for name in SAMPLE.rows}])
     answer = app.post_json("/predict", TRANSACTION).json

@@ -172,7 +172,7 @@ def test_refused(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Pois
     """With a sentence that names what was found, and before anything of it runs."""
     uri, canary = poisoned(poison)
     with pytest.raises(ModelError) as raised:
-        acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path, 60)
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path)
     reason = f"version {uri.rpartition('/')[2]} is not safe to load: {found} {SEE}"
     assert str(raised.value) == f"{uri} at {champion}: {reason}"
     assert not canary.exists()
@@ -183,7 +183,7 @@ def test_other_flavors_are_not_read(
 ) -> None:
     """The model is the one of the flavor `sklearn`. What another flavor names runs where that is loaded, not here."""
     uri, canary = poisoned(a_loader_of_its_own)
-    assert acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path, 60).unsafe == []
+    assert acquire(config(mlflow_tracking_uri=champion, model_uri=uri), tmp_path).unsafe == []
     assert not canary.exists()
     monkeypatch.setattr(sys, "path", [*sys.path])
     mlflow.pyfunc.load_model(uri)
@@ -194,7 +194,7 @@ def test_no_scikit_learn_model(champion: str, poisoned: Poisoned, tmp_path: Path
     """It is not served, whatever the operator says."""
     uri, _ = poisoned(no_scikit_learn_model)
     with pytest.raises(ModelError) as raised:
-        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_allow_unsafe="true"), tmp_path, 60)
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_allow_unsafe="true"), tmp_path)
     reason = "it is no scikit-learn model: its MLmodel file has no flavor sklearn"
     assert str(raised.value) == f"{uri} at {champion}: {reason}"
 
@@ -229,15 +229,15 @@ def test_the_poison_is_real(champion: str, poisoned: Poisoned) -> None:
 def test_pickle_runs_when_loaded(champion: str, poisoned: Poisoned, tmp_path: Path, poison: Poison) -> None:
     uri, canary = poisoned(poison)
     with pytest.raises(ModelError):  # what it unpickles is no model
-        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_allow_unsafe="true"), tmp_path, 60)
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_allow_unsafe="true"), tmp_path)
     assert canary.exists()
 
 
 def test_pinned_hash(champion: str, snapshot: Snapshot, tmp_path: Path) -> None:
     uri = f"models:/{NAME}/1"
     pinned = config(mlflow_tracking_uri=champion, model_uri=uri, model_sha256=snapshot.sha256.upper())
-    assert acquire(pinned, tmp_path, 60).sha256 == snapshot.sha256
+    assert acquire(pinned, tmp_path).sha256 == snapshot.sha256
     with pytest.raises(ModelError) as raised:
-        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_sha256="0" * 64), tmp_path, 60)
+        acquire(config(mlflow_tracking_uri=champion, model_uri=uri, model_sha256="0" * 64), tmp_path)
     reason = f"the SHA-256 of version 1 is {snapshot.sha256}, expected {'0' * 64} (MODEL_SHA256)"
     assert str(raised.value) == f"{uri} at {champion}: {reason}"
