@@ -25,9 +25,8 @@ import numpy as np
 import pyarrow
 from pyspark import errors, sql
 
-from model import Model, ModelError, Transaction, acquire, fetch, load
+from model import RULES, Model, ModelError, acquire, fetch, load
 
-RULES = msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"]  # the first that a row breaks counts
 SCORES = "transaction_id string, fraud_probability double, is_fraud boolean, threshold double, error string"
 NUMBERS = ("tinyint", "smallint", "int", "bigint", "float", "double", "decimal")  # Spark's types
 LARGEST = float(np.finfo(np.float64).max)
@@ -114,6 +113,7 @@ def run(options: argparse.Namespace, config: Config, model: Model) -> dict[str, 
     fields, faults = zip(*(expressions(name, table, text) for name in RULES), strict=True)
     carried = [f"`{name}`" for name in dict.fromkeys(options.columns + folders)]
     schema = ", ".join([SCORES, *(f"`{name}` {kind}" for name, kind in table.select(*carried).dtypes)])
+    # The error of a row is the first rule that it breaks.
     ready = table.selectExpr(*fields, f"coalesce({', '.join(faults)}) AS error", *carried)
     pinned = replace(config, model_sha256=snapshot.sha256, api_keys=None, secrets=())
     version, started = (snapshot.name, snapshot.number, snapshot.release), time.monotonic()

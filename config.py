@@ -133,8 +133,8 @@ class Config:
             yield f"HOST is {self.host!r}, expected {LOOPBACK_ONLY}"
         if self.drain_seconds > self.graceful_timeout - 2:
             yield f"DRAIN_SECONDS is '{self.drain_seconds}', expected at least 2 less than GRACEFUL_TIMEOUT"
-        if self.max_wait_ms > 1000 * self.slow_seconds:
-            yield f"MAX_WAIT_MS is '{self.max_wait_ms}', expected no more than SLOW_SECONDS"
+        if self.log_decisions and self.log_level not in ("debug", "info"):
+            yield f"LOG_LEVEL is '{self.log_level}', expected debug or info with LOG_DECISIONS=true"
 
     def may_listen_on(self, host: str) -> bool:
         """Without keys the service listens on loopback only, unless the operator says otherwise."""

@@ -17,12 +17,12 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from model import CATEGORY, DTYPES, LARGEST, MONEY, NUMBERS, SIGNATURE, Features, Floats, Reference, Transaction
+import model
+from model import CATEGORY, DTYPES, LARGEST, MONEY, NUMBERS, SIGNATURE, Features, Floats, Reference
 
 LABEL, ID = "is_fraud", "transaction_id"
 # The rules of the API, and of the label, as JSON Schema.
-RULES: dict[str, dict[str, Any]] = {
-    **msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"],
+RULES = model.RULES | {
     LABEL: {"type": "integer", "minimum": 0, "maximum": 1, "multipleOf": 1, "description": "0 or 1"},
 }
 # "" and "NA" are text, not missing values; a surplus cell is an error.

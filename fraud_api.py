@@ -23,7 +23,7 @@ from msgspec import UNSET, UnsetType
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from config import Config
-from model import Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, load, row_digest, values_of
+from model import RULES, Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, digest, load, values_of
 from telemetry import LOG_FIELDS, ROUTE, Metrics, ScoreCounter
 
 log = logging.getLogger("gunicorn.error")
@@ -113,8 +113,7 @@ decode_batch = msgspec.json.Decoder(Batch).decode
 decode_identified = msgspec.json.Decoder(Identified).decode
 
 # field: the rule in words, from the schema
-_schema = msgspec.json.schema(Transaction)["$defs"]["Transaction"]["properties"]
-RULES = {"transactions": "a list of transactions"} | {name: rule["description"] for name, rule in _schema.items()}
+EXPECTED = {"transactions": "a list of transactions"} | {name: rule["description"] for name, rule in RULES.items()}
 
 
 def problem(status: int, detail: str | UnsetType = UNSET, **more: Any) -> Problem:
@@ -143,9 +142,9 @@ def decode(decoder: Callable[[Any], Any], body: bytes | msgspec.Raw) -> Any:
     found = re.search(r"`(?:\$\.)?(\w+)`$", message)  # "Expected `int` - at `$.hour`", "missing required field `hour`"
     if not message:
         return problem(400, "malformed JSON")
-    if not found or found[1] not in RULES:
+    if not found or found[1] not in EXPECTED:
         return problem(422, "expected a JSON object")
-    return problem(422, f"{found[1]}: expected {RULES[found[1]]}")
+    return problem(422, f"{found[1]}: expected {EXPECTED[found[1]]}")
 
 
 def decode_rows(rows: Sequence[Any], first: int = 0, longest: int = sys.maxsize) -> Sequence[Transaction | Problem]:
@@ -261,7 +260,7 @@ class Predictor:
             "registry_version": self.model.snapshot.number,
             "sha256": self.model.snapshot.sha256[:12],
         }
-        return found | {"digest": row_digest(self.record_key, values_of(row))} if self.record_key else found
+        return found | {"digest": digest(self.record_key, values_of(row))} if self.record_key else found
 
     def log_rows(self, rows: Sequence[Transaction | Problem], predictions: Sequence[Prediction], logged: Any) -> None:
         """Log every decision in a batch and write the lines: a batch is no faster than the reader of the log."""
@@ -272,6 +271,8 @@ class Predictor:
         for index, row in enumerate(rows, first):
             if isinstance(row, Transaction):
                 self.process.log_line({**head, "index": index, **self.decision(row, next(following))})
+            if index % 1000 == 0:  # the queue of lines is bounded
+                self.process.write_log()
         self.process.write_log()
 
     def asked_to_explain(self, req: falcon.Request) -> bool:

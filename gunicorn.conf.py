@@ -54,6 +54,7 @@ control_socket_disable = True  # it would be a file under $HOME
 def on_starting(server):
     """Before the first worker: log the configuration, fetch the model, or end with one line."""
     server.log.info("%r", settings)
+    server.cfg.set("reuse_port", False)  # each worker would open sockets that `when_ready` does not check
     try:
         server.folder = new_folder(settings.memory_dir)
         process.snapshot = acquire(settings, server.folder)

@@ -69,7 +69,7 @@ import pandas as pd
 from msgspec import Meta
 
 from data import CSV, FEWEST_IN_PART, ID, LABEL, RULES, DataError, Sample, _keeps, _typed
-from model import FIELDS, Model, ModelError, row_digest
+from model import FIELDS, Model, ModelError, digest
 from report import INTERVAL, Scored, bootstrap, readable, short
 from train import RESAMPLES
 from versions import as_served
@@ -318,7 +318,7 @@ class Replay:
         for (number, each, found), p_differs, p, fraud in zip(rows, other, new, after, strict=True):
             same = None
             if self.key and each.digest:
-                same = row_digest(self.key, found[1:-1]) == each.digest
+                same = digest(self.key, found[1:-1]) == each.digest
             if not (p_differs or fraud != each.is_fraud or same is False):
                 yield None
                 continue

@@ -891,6 +891,20 @@ def test_a_stream_waits_for_its_turn(model: Model) -> None:
     assert (begun + b"".join(rest)).count(b'"transaction_id":"tx_12345"') == 100
 
 
+def test_decisions_are_written_as_they_come(model: Model) -> None:
+    """A batch of any size needs room for 1,000 lines in the queue of the log, and loses none."""
+    waiting, written = list[Any](), list[int]()
+
+    def write() -> None:
+        written.append(len(waiting))
+        waiting.clear()
+
+    process = Process(log_line=waiting.append, write_log=write)
+    app = client_of(create_app(config(log_decisions="true"), model, process))
+    post(app, "/predict/batch", {"transactions": [TRANSACTION] * 4500})
+    assert (sum(written), max(written)) == (4500, 1000)
+
+
 def test_http_1_1_needs_a_host(app: TestApp) -> None:
     """RFC 9112, section 3.2; HTTP/1.0 does not."""
     for protocol, expected in (("HTTP/1.1", "400 Bad Request"), ("HTTP/1.0", "200 OK")):

@@ -75,12 +75,11 @@ def test_bad_values(variable: str, value: str) -> None:
         config(**{variable: value})
 
 
-def test_a_wait_longer_than_a_slow_client_has() -> None:
-    """The connection would be closed before it could be answered 503."""
-    with pytest.raises(
-        ConfigError, match=r"^bad configuration: MAX_WAIT_MS is '2001', expected no more than SLOW_SECONDS$"
-    ):
-        config(max_wait_ms="2001", slow_seconds="2")
+def test_decisions_are_logged_or_not() -> None:
+    """From `warning` on, the decisions of single requests would not be on record, and those of batches would."""
+    found = "bad configuration: LOG_LEVEL is 'warning', expected debug or info with LOG_DECISIONS=true"
+    with pytest.raises(ConfigError, match=f"^{found}$"):
+        config(log_decisions="true", log_level="WARNING")
 
 
 def test_values_are_typed_and_empty_is_not_set() -> None:

@@ -133,6 +133,35 @@ def test_clients_that_ask_and_never_read(alone: Service) -> None:
     assert load.lost == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        (b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (b"HEAD /health/ready HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (head() + BODY, 503),
+        (head("/predict/batch", "Content-Length: 60000") + b" " * 60_000, 503),
+    ],
+)
+def test_a_full_worker(alone: Service, asked: bytes, status: int) -> None:
+    """It answers health checks, refuses other requests, and ends each connection. It serves them when it has room."""
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(alone.connect()).sendall(b"POST /predict HTTP/1.1\r\n")
+        connection = stack.enter_context(alone.connect())
+        connection.sendall(asked)
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        assert b"\r\nConnection: close\r\n" in answer
+        assert (b"\r\nRetry-After: 1\r\n" in answer) == (status == 503)
+
+    def serves() -> bool:
+        with suppress(urllib.error.HTTPError):
+            return bool(alone.post("/predict", TRANSACTION))
+        return False
+
+    wait_until(serves, "it serves again")
+
+
 class Stream:
     """A stream of JSON lines that goes on until it is over, with its answers read and counted."""
 
