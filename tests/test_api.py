@@ -893,7 +893,7 @@ def test_a_stream_waits_for_its_turn(model: Model) -> None:
 
 def test_decisions_are_written_as_they_come(model: Model) -> None:
     """A batch of any size needs room for 1,000 lines in the queue of the log, and loses none."""
-    waiting, written = list[Any](), list[int]()
+    waiting, written = list[dict[str, object]](), list[int]()
 
     def write() -> None:
         written.append(len(waiting))
