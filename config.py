@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import quote_plus
 
 MASK = "***"
-SECRETS = {"API_KEYS", "RECORD_KEY"}
-SECRET_VALUE = re.compile("RECORD_KEY|(MLFLOW|AWS)_.*(KEY|PASSWORD|SECRET|TOKEN|USERNAME).*")
+SECRET_SETTINGS = {"API_KEYS", "RECORD_KEY"}
+MASKED_NAMES = re.compile("RECORD_KEY|(MLFLOW|AWS)_.*(KEY|PASSWORD|SECRET|TOKEN|USERNAME).*")
 LOOPBACK_ONLY = "a loopback address, unless API_KEYS or ALLOW_ANONYMOUS=true is set"
-KEY = r"([A-Za-z0-9-]+:)?[\w.~+/-]+=*"  # an optional name, and a bearer token (RFC 6750, section 2.1)
+API_KEY = r"([A-Za-z0-9-]+:)?[\w.~+/-]+=*"  # an optional name, and a bearer token (RFC 6750, section 2.1)
 
 # Defaults for the libraries; the operator's own values win.
 LIBRARY_DEFAULTS = {
@@ -65,13 +65,13 @@ _address = _rule("an IP address, such as 0.0.0.0 or ::1", convert=lambda text: s
 _folder = _rule("the absolute path of a folder", valid=lambda text: os.path.isabs(text) and os.path.isdir(text))
 _keys = _rule(
     "keys of letters, digits and -._~+/=, each with an optional name and a colon before it, separated by commas",
-    f"(?a){KEY}( *, *{KEY})*",
-    lambda text: tuple((name or "-", key) for name, _, key in (key.rpartition(":") for key in re.split(" *, *", text))),
+    f"(?a){API_KEY}( *, *{API_KEY})*",
+    lambda text: tuple((name or "-", key) for name, _, key in (one.rpartition(":") for one in re.split(" *, *", text))),
 )
 
 
 def _variable(parse: Callable[[str], Any], default: str | None = "") -> Any:
-    """A field of `Config`. A default of "" makes it optional: None where it is not set. None makes it required."""
+    """A field of `Config`. Without a default it is None where the variable is not set; a default of None: required."""
     return field(metadata={"parse": parse, "default": default})
 
 
@@ -104,7 +104,7 @@ class Config:
     graceful_timeout: int = _variable(_whole(2, 3600), "30")
     log_level: str = _variable(_level, "info")
     memory_dir: str = _variable(_folder, "/dev/shm")
-    secrets: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()  # what is masked in the log; no variable, so it comes last
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Config":
@@ -117,10 +117,10 @@ class Config:
             try:
                 values[item.name] = item.metadata["parse"](text or "") if text != "" else None
             except ValueError as expected:
-                shown = MASK if name in SECRETS else without_credentials(repr(text))
+                shown = MASK if name in SECRET_SETTINGS else without_credentials(repr(text))
                 problems.append(f"{name} {'is not set' if text is None else f'is {shown}'}, expected {expected}")
         if not problems:
-            found = [value for name, value in environ.items() if SECRET_VALUE.fullmatch(name)]
+            found = [value for name, value in environ.items() if MASKED_NAMES.fullmatch(name)]
             secrets = {*found, *map(str.strip, found), *(key for _, key in values["api_keys"] or ())} - {""}
             config = cls(**values, secrets=tuple(secrets))
             problems = list(config._contradictions())

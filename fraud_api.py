@@ -40,16 +40,16 @@ FIRST_READ, LAST_READ = 2**10, 2**17
 BODIES_AT_A_TIME = 16  # of JSON batches, each of up to MAX_BODY_BYTES
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # An escape in JSON text: a valid one (group 1), or half of a surrogate pair. For one of those msgspec refuses a whole
-# batch. As the byte FF it passes `Raw`, and only its row is refused.
+# batch. It is replaced by the byte FF, which `Raw` takes, so that only the row with this byte is refused.
 HALF_PAIR = re.compile(rb"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..|(?!u[dD][89a-fA-F]).)|u[dD]...)", re.S)
 # What msgspec raises for broken JSON, broken UTF-8 and endless nesting.
 MALFORMED = (msgspec.DecodeError, ValueError, RecursionError)
-READ = "fraud_api.read"  # in the WSGI environment: whether the body has been read, or is being read as a stream
+BODY_READ = "fraud_api.body_read"  # in the WSGI environment if the body has been read, or is read as a stream
 
 
 @dataclass
 class Process:
-    """What the process lends to the application. `gunicorn.conf.py` fills it in; the defaults do for tests."""
+    """State and functions of the process that the application uses. `gunicorn.conf.py` sets them, tests need not."""
 
     snapshot: Snapshot | None = None
     stopping: MutableSequence[int] = field(default_factory=lambda: bytearray(1))  # shared by all processes
@@ -136,7 +136,7 @@ def decode(decoder: Callable[[Any], Any], body: bytes | msgspec.Raw) -> Any:
     except MALFORMED as error:
         message = str(error) if isinstance(error, msgspec.ValidationError) else ""
     try:
-        msgspec.json.decode(body, type=msgspec.Raw)  # to its end: the decoder stops at the first field that is wrong
+        msgspec.json.decode(body, type=msgspec.Raw)  # the other decoder stopped at the first wrong field
     except MALFORMED:
         message = ""
     found = re.search(r"`(?:\$\.)?(\w+)`$", message)  # "Expected `int` - at `$.hour`", "missing required field `hour`"
@@ -173,7 +173,7 @@ def read_json(req: falcon.Request, max_bytes: int) -> bytes:
         if req.content_length not in (None, len(body)):
             raise falcon.HTTPBadRequest(description="the body is shorter than its Content-Length")
         if len(body) <= max_bytes:
-            req.env[READ] = True
+            req.env[BODY_READ] = True
             return body
     raise falcon.HTTPContentTooLarge(description=f"more than {max_bytes} bytes")
 
@@ -197,7 +197,7 @@ def media_type(req: falcon.Request) -> str:
 
 
 def read_lines(stream: Any, longest: int) -> Iterator[list[bytes]]:
-    """The lines of a stream, a piece at a time. The middle of a line beyond `longest` is left out."""
+    """The lines of a stream, a piece at a time. Of a line beyond `longest`, enough is kept to see that it is."""
     rest, size = b"", FIRST_READ
     while data := read(stream, size):
         *lines, rest = (rest + data).split(b"\n")
@@ -288,22 +288,25 @@ class Predictor:
 
 
 class Turns:
-    """Lets `at_a_time` threads work, in the order in which they come (a `threading.Semaphore` keeps no order)."""
+    """Lets `at_a_time` threads work, in the order in which they come.
+
+    A thread that comes never overtakes one that waits, as it may with `threading.Semaphore`.
+    """
 
     def __init__(self, wait_ms: int, at_a_time: int = 1) -> None:
         self.seconds, self.at_a_time = wait_ms / 1000, at_a_time
         self.lock, self.queue = Lock(), list[Any]()  # its first `at_a_time` threads have their turn, others wait
 
     @contextmanager
-    def take(self, patient: bool = False) -> Iterator[None]:
-        """Wait for a turn. Raises `HTTPServiceUnavailable` after `wait_ms`, unless patient."""
+    def take(self, however_long: bool = False) -> Iterator[None]:
+        """Wait for a turn. Raises `HTTPServiceUnavailable` if it takes longer than `wait_ms`."""
         turn = Lock()
         with self.lock:
             self.queue.append(turn)
             if len(self.queue) > self.at_a_time:
                 turn.acquire()
         try:
-            if not turn.acquire(timeout=-1 if patient else self.seconds):
+            if not turn.acquire(timeout=-1 if however_long else self.seconds):
                 raise falcon.HTTPServiceUnavailable(retry_after=1)
             yield
         finally:
@@ -346,8 +349,9 @@ class PredictBatch:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         explain = self.predictor.asked_to_explain(req)
         if media_type(req) == NDJSON:
-            req.env[READ] = True
+            req.env[BODY_READ] = True
             answers = self.answer_stream(req.stream, explain, req.env[LOG_FIELDS])
+            # The first piece is computed here, so that an error in it has a status of its own.
             resp.content_type, resp.stream = NDJSON, chain([next(answers, b"")], answers)
             return
         with self.bodies.take():
@@ -373,7 +377,7 @@ class PredictBatch:
         started = False
         try:
             for lines in read_lines(stream, self.config.max_line_bytes):
-                with self.turns.take(patient=started):
+                with self.turns.take(however_long=started):
                     rows = decode_rows(lines, logged.get("rows", 0), self.config.max_line_bytes)
                     predictions = iter(self.predictor.predict_rows(rows, explain, logged))
                     answers = encode_lines([row if isinstance(row, Problem) else next(predictions) for row in rows])
@@ -382,7 +386,7 @@ class PredictBatch:
                     yield answers
         except Exception as error:
             self.process.close_connection()
-            if not started:  # it is answered as any other
+            if not started:  # the error handlers answer
                 raise
             logged["detail"] = "the stream was cut off"
             if not isinstance(error, (falcon.HTTPError, OSError)):
@@ -393,7 +397,7 @@ class PredictBatch:
 class Get:
     """A resource that needs no key. HEAD is answered like GET; gunicorn leaves out the body."""
 
-    open = True
+    public = True
 
     def __init__(self, render: Callable[[falcon.Request], bytes], media_type: str = JSON) -> None:
         self.render, self.media_type = render, media_type
@@ -405,24 +409,18 @@ class Get:
     on_head = on_get
 
 
-class Probes:
-    """What `/health` and `/health/ready` answer."""
+def health(model: Model, known: bool) -> bytes:
+    """What is served. A client that is not known gets no more than its name and version."""
+    facts = {"status": "ok", **model.facts()}
+    return encode(facts if known else {name: facts[name] for name in ("status", "model_name", "model_version")})
 
-    def __init__(self, model: Model, keys: "Keys", stopping: Sequence[int]) -> None:
-        self.model, self.keys, self.stopping = model, keys, stopping
 
-    def health(self, req: falcon.Request) -> bytes:
-        """What is served. Without a key, no more than its name and version."""
-        facts = {"status": "ok", **self.model.facts()}
-        known = self.keys.client(req.auth) is not None
-        return encode(facts if known else {name: facts[name] for name in ("status", "model_name", "model_version")})
-
-    def ready(self, req: falcon.Request) -> bytes:
-        """Whether this worker can score: it scores a row."""
-        if self.stopping[0]:
-            raise falcon.HTTPServiceUnavailable(description="the service is stopping")
-        self.model.score(self.model.metadata.golden[:1])
-        return OK
+def readiness(model: Model, stopping: Sequence[int]) -> bytes:
+    """Whether this worker can score: it scores a row."""
+    if stopping[0]:
+        raise falcon.HTTPServiceUnavailable(description="the service is stopping")
+    model.score(model.metadata.golden[:1])
+    return OK
 
 
 # -- every request -----------------------------------------------------------------------------------------------------
@@ -463,7 +461,7 @@ class Middleware:
     def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: Any, params: Any) -> None:
         """Check the key by the resource that was routed to, whatever the path looked like."""
         req.env[ROUTE] = req.uri_template
-        if not getattr(resource, "open", False):
+        if not getattr(resource, "public", False):
             client = self.keys.client(req.auth)
             if client is None:
                 error = ', error="invalid_token"' if req.auth else ""
@@ -475,7 +473,7 @@ class Middleware:
         if req.method == "OPTIONS" and succeeded:
             resp.set_header("Allow", f"{resp.get_header('Allow')}, OPTIONS")
         has_body = req.content_length or "HTTP_TRANSFER_ENCODING" in req.env
-        if self.process.stopping[0] or (has_body and READ not in req.env):
+        if self.process.stopping[0] or (has_body and BODY_READ not in req.env):
             self.process.close_connection()
 
 
@@ -483,7 +481,7 @@ def request_id(given: str | None) -> str:
     """The client's own id if it is well-formed, else a new one."""
     if given is not None and REQUEST_ID.fullmatch(given):
         return given
-    return f"{getrandbits(128):032x}"  # not os.urandom, which would release the GIL
+    return f"{getrandbits(128):032x}"  # os.urandom releases the GIL, and another thread would take it
 
 
 def log_fields(environ: dict[str, Any]) -> dict[str, Any]:
@@ -499,7 +497,7 @@ def send(req: falcon.Request, resp: falcon.Response, found: Problem) -> None:
     resp.status, resp.content_type = found.status, PROBLEM
     resp.data = encode(msgspec.structs.replace(found, request_id=logged["request_id"]))
     if found.detail:
-        logged["detail"] = found.detail  # a rule, never a value
+        logged["detail"] = found.detail  # which has no data of the client in it
 
 
 def _expected(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: Any) -> None:
@@ -523,7 +521,7 @@ def report(logged: Mapping[str, Any], error: Exception) -> None:
 def create_app(config: Config, model: Model, process: Process) -> App:
     """The WSGI application that serves `model`. It reads nothing but its arguments and the files beside it."""
     keys = Keys(config.api_keys or ())
-    predictor, probes = Predictor(config, model, process), Probes(model, keys, process.stopping)
+    predictor = Predictor(config, model, process)
     page, openapi, version = (
         HERE.joinpath(name).read_bytes() for name in ("page.html", "openapi.json", "version.json")
     )
@@ -531,9 +529,9 @@ def create_app(config: Config, model: Model, process: Process) -> App:
         "/": Get(lambda _: page, "text/html; charset=utf-8"),
         "/predict": Predict(config, predictor),
         "/predict/batch": PredictBatch(config, predictor, process),
-        "/health": Get(probes.health),
+        "/health": Get(lambda req: health(model, known=keys.client(req.auth) is not None)),
         "/health/live": Get(lambda _: OK),
-        "/health/ready": Get(probes.ready),
+        "/health/ready": Get(lambda _: readiness(model, process.stopping)),
         "/metrics": Get(lambda _: process.metrics.text(model), CONTENT_TYPE_PLAIN_0_0_4),
         "/openapi.json": Get(lambda _: openapi),
         "/version": Get(lambda _: version),

@@ -42,9 +42,9 @@ bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{sett
 workers = settings.web_concurrency
 worker_class = Worker
 threads = settings.max_connections
-worker_connections = threads + threads // 2  # gunicorn keeps worker_connections - threads idle connections
+worker_connections = threads + threads // 2  # gunicorn keeps worker_connections - threads idle connections open
 keepalive = 75  # longer than proxies keep idle connections, or they send a request on one that was just closed
-graceful_timeout = settings.graceful_timeout - settings.drain_seconds - 1  # 1 for what comes before and after
+graceful_timeout = settings.graceful_timeout - settings.drain_seconds - 1  # 1 s is left for the master itself
 timeout = graceful_timeout + 10  # seconds without a sign of life, after which the master kills a worker
 loglevel = settings.log_level
 worker_tmp_dir = settings.memory_dir
@@ -92,14 +92,14 @@ def when_ready(server):
 
 def pre_fork(server, worker):
     """Give the new worker a block of the metrics."""
-    taken = {0, *(other.block for other in server.WORKERS.values())}
+    taken = {0, *(other.block for other in server.WORKERS.values())}  # 0 is the master's
     worker.block = process.metrics.free_block(taken, int(worker.snapshot.number))
 
 
 def post_fork(server, worker):
     """Metrics of its own; and a grace period that ends before the master kills it."""
     if worker.age > server.cfg.workers:
-        server.WORKER_BOOT_ERROR = 1  # a worker that cannot start ends with this instead of 3, which ends the service
+        server.WORKER_BOOT_ERROR = 1  # gunicorn ends the service if a worker exits with 3; only the first ones may
     signal.alarm(settings.model_load_timeout)  # ends a worker that hangs while it loads
     process.metrics.use(worker.block, int(worker.snapshot.number))
     process.log_line, process.write_log = worker.log.output.put, worker.log.output.drain

@@ -65,6 +65,10 @@ _lines = Path(__file__).with_name("trusted_types.txt").read_text().splitlines()
 TRUSTED_TYPES = {line for line in _lines if line and not line.startswith("#")}
 
 
+# Blocked amid a fork: the exception that their handlers raise at the start would be lost in a hook of `os.fork`.
+STOP_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
+
+
 class ModelError(Exception):
     """The model cannot be served; the message is one sentence that says why."""
 
@@ -202,20 +206,28 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 # All coalitions of fields (64 × 6): bit f of a row's number says whether field f comes from the transaction or from the
 # reference. Their weights in the Shapley value of each field (64 × 6).
-COALITIONS = (np.arange(2 ** len(FIELDS))[:, None] >> np.arange(len(FIELDS)) & 1).astype(bool)
+COALITIONS = ((np.arange(2 ** len(FIELDS))[:, None] >> np.arange(len(FIELDS))) & 1).astype(bool)
 _others = COALITIONS.sum(axis=1, keepdims=True) - COALITIONS
 # beta(k + 1, n - k) is k! (n - 1 - k)! / n!
 SHAPLEY_WEIGHTS = np.where(COALITIONS, 1, -1) * beta(_others + 1, len(FIELDS) - _others)
 
 
-class Scorer:
-    """Turns columns of n transactions into n probabilities of fraud, float64, in order."""
+class PipelineScorer:
+    """Any scikit-learn classifier, through its own `predict_proba`. Raises `ModelError` if it has none."""
 
-    name: str
+    name = "sklearn"
     rows_at_a_time = 2**16  # in `explain`, which bounds memory
 
+    def __init__(self, estimator: Any) -> None:
+        if not hasattr(estimator, "predict_proba"):
+            raise ModelError(f"{type(estimator).__name__} has no predict_proba")
+        if list(estimator.classes_) != [0, 1]:
+            raise ModelError(f"the model's classes are {list(estimator.classes_)}, expected 0 and 1 (fraud)")
+        self.estimator = estimator
+
     def __call__(self, columns: Columns) -> Floats:
-        raise NotImplementedError
+        """The probabilities of fraud of n transactions, in order."""
+        return np.asarray(self.estimator.predict_proba(frame(columns)), dtype=np.float64)[:, 1]
 
     def coalitions(self, columns: Columns, reference: Sequence[Any]) -> Floats:
         """The probabilities (n × 64) of n transactions with every choice of fields taken from the reference."""
@@ -226,23 +238,7 @@ class Scorer:
         return self(mixed).reshape(-1, len(COALITIONS))
 
 
-class PipelineScorer(Scorer):
-    """Any scikit-learn classifier, through its own `predict_proba`. Raises `ModelError` if it has none."""
-
-    name = "sklearn"
-
-    def __init__(self, estimator: Any) -> None:
-        if not hasattr(estimator, "predict_proba"):
-            raise ModelError(f"{type(estimator).__name__} has no predict_proba")
-        if list(estimator.classes_) != [0, 1]:
-            raise ModelError(f"the model's classes are {list(estimator.classes_)}, expected 0 and 1 (fraud)")
-        self.estimator = estimator
-
-    def __call__(self, columns: Columns) -> Floats:
-        return np.asarray(self.estimator.predict_proba(frame(columns)), dtype=np.float64)[:, 1]
-
-
-class LeafMaskScorer(Scorer):
+class LeafMaskScorer:
     """A tree ensemble behind a ColumnTransformer that encodes the category and passes the numbers through.
 
     Every leaf of a tree is a bit, and a set of leaves is a mask. Where a node sends a transaction to the left, the
@@ -272,7 +268,7 @@ class LeafMaskScorer(Scorer):
         self.leaf_values = np.array([values + [0.0] * (most - len(values)) for values in leaves]).ravel()
         self.first_leaves = np.arange(len(trees)) * most
         self.rows_at_a_time = max(LEAVES_AT_A_TIME // len(trees), len(COALITIONS))
-        values = {name: {column: thresholds(trees, column)} for name, column in columns.items()} | {CATEGORY: codes}
+        values = {name: {column: split_points(trees, column)} for name, column in columns.items()} | {CATEGORY: codes}
         dtype = np.min_scalar_type(2**most - 1)
         rows = sum(len(next(iter(each.values()))) for each in values.values())
         if (size := rows * len(trees) * dtype.itemsize) > MOST_TABLE_BYTES:
@@ -320,6 +316,9 @@ class LeafMaskScorer(Scorer):
         return self.probabilities(masks.reshape(-1, len(self.first_leaves))).reshape(-1, len(COALITIONS))
 
 
+Scorer = PipelineScorer | LeafMaskScorer
+
+
 def pieces(columns: Columns, size: int) -> Iterator[Columns]:
     """The columns of `size` rows at a time."""
     return ([values[start : start + size] for values in columns] for start in range(0, len(columns[0]), size))
@@ -337,8 +336,8 @@ def add_masks(nodes: list[dict[str, Any]]) -> list[float]:
     return leaves
 
 
-def thresholds(trees: Sequence[Any], column: int) -> Floats:
-    """The thresholds of all nodes on a column, ascending, and infinity."""
+def split_points(trees: Sequence[Any], column: int) -> Floats:
+    """The thresholds of all nodes on a column, in ascending order, and infinity."""
     found = {node["threshold"] for nodes in trees for node in nodes if node.get("split_feature_id") == column}
     return np.array([*sorted(found), np.inf])
 
@@ -376,9 +375,10 @@ def goes_left(node: dict[str, Any], values: Floats) -> Any:
 def encoding(encoder: Any) -> tuple[dict[str, int], dict[int, Floats], dict[str, int]]:
     """How a fitted ColumnTransformer places the fields in the input of the ensemble.
 
-    It transforms rows that differ in one field, and looks which columns of the output differ. Returns for each category
-    its row in the tables (one more row is for unknown ones), for each column that encodes the category the codes of all
-    rows, and for each number its column. Raises an exception if the numbers are not passed through.
+    It transforms a row with another number in each field, to see which column of the output has which number. Returns
+    for each category its row in the tables (one more row is for unknown ones), for each column that encodes the
+    category the codes of all rows, and for each number its column. Raises an exception if the numbers are not passed
+    through, as "passthrough" and a FunctionTransformer without a function do.
     """
     others = [step for _, step, of in encoder[0].transformers_ if list(of) != [CATEGORY]]
     if any(step != "passthrough" and getattr(step, "func", step) is not None for step in others):
@@ -505,12 +505,12 @@ def choose_scorer(estimator: Any, golden: Sequence[Golden]) -> Scorer:
     """The leaf masks, if they agree with the pipeline on golden and generated rows; else the pipeline itself."""
     pipeline = PipelineScorer(estimator)
     try:
-        pipeline(columns_of([*golden, *_probes([])]))
+        pipeline(columns_of([*golden, *_comparison_rows([])]))
     except ValueError as error:
         raise ModelError(f"the model does not score known, unknown and extreme transactions: {error}") from error
     try:
         masks = LeafMaskScorer(estimator)
-        columns = columns_of([*golden, *_probes([*masks.categories])])
+        columns = columns_of([*golden, *_comparison_rows([*masks.categories])])
         gap = np.abs(masks(columns) - pipeline(columns)).max()
         if gap <= LEAF_MASK_TOLERANCE:
             log.info("leaf masks of %d trees", len(masks.first_leaves))
@@ -521,7 +521,7 @@ def choose_scorer(estimator: Any, golden: Sequence[Golden]) -> Scorer:
     return pipeline
 
 
-def _probes(categories: Sequence[str]) -> list[Features]:
+def _comparison_rows(categories: Sequence[str]) -> list[Features]:
     """Rows to compare scorers on: every category and an unknown one, from ordinary to extreme numbers."""
     random, many = np.random.default_rng(0), 20
     amounts, balances = random.lognormal(4, 2, many), random.normal(0, 20_000, many)
@@ -575,7 +575,11 @@ def fetch_in_child(config: Config, folder: Path, served: Snapshot | None = None)
 def _fork(config: Config, folder: Path, served: Snapshot | None) -> tuple[int, int]:
     """Start the child; return its process id and the pipe for its answer."""
     reader, writer = os.pipe()
-    child = os.fork()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        child = os.fork()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if not child:
         try:
             _answer(config, folder, served, writer)
@@ -705,5 +709,5 @@ def new_folder(parent: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="fraud-api-", dir=parent))
     except OSError as error:
         raise ModelError(f"any model: no folder for it in MEMORY_DIR: {error}") from error
-    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)  # until the descriptor is closed, when the process ends
     return folder

@@ -132,7 +132,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             time.sleep(0 if isinstance(error, BlockingIOError) else 0.05)
             return
         full = len(self.conns) >= self.cfg.threads
-        if full and not is_probe(accepted):
+        if full and not is_health_check(accepted):
             answer_problem(self.log, accepted, 503)
             accepted.close()
             return
@@ -213,7 +213,7 @@ def answer_problem(log: telemetry.Log, client: socket.socket, status: int) -> No
         client.recv(2**16, socket.MSG_DONTWAIT)  # a connection that is closed with something unread is reset
 
 
-def is_probe(client: socket.socket) -> bool:
+def is_health_check(client: socket.socket) -> bool:
     """Whether a request is a health check, which is not refused, or a busy service would be restarted."""
     with suppress(OSError):
         return re.match(b"(GET|HEAD) /health", client.recv(64, socket.MSG_DONTWAIT | socket.MSG_PEEK)) is not None
@@ -236,9 +236,10 @@ class Supervisor:
 
     def __init__(self, server: Arbiter, settings: Config, folder: Path) -> None:
         self.server, self.settings, self.folder, self.log = server, settings, folder, server.log
-        self.served = cast(Snapshot, process.snapshot)  # by all workers, before a roll if there is one: the way back
+        self.served = cast(Snapshot, process.snapshot)  # by all workers; in a roll, the version to go back to
         self.poll_at, self.asked = time.monotonic() + (settings.model_poll_seconds or math.inf), False
         self.steps, self.manage_workers = self.supervise(), server.manage_workers
+        # The master calls these instead of its own methods.
         server.manage_workers, server.handle_hup, server.handle_term = self.step, self.look_now, self.drain
 
     def step(self) -> None:
@@ -300,7 +301,7 @@ class Supervisor:
                 while wanted is process.snapshot and not self.all_ready():
                     yield
             finally:
-                self.server.num_workers = max(self.server.num_workers - 1, 1)  # SIGTTOU may have come
+                self.server.num_workers = max(self.server.num_workers - 1, 1)  # SIGTTOU may have lowered it meanwhile
             while len(workers) > self.server.num_workers:
                 yield
         if process.snapshot is found:

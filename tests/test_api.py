@@ -24,7 +24,7 @@ from webtest import TestApp
 import data
 from conftest import LINE, TRANSACTION, client_of, config, wait_until
 from fraud_api import PredictBatch, Predictor, Process, create_app
-from model import Columns, Features, Floats, Model, Scorer, Transaction, columns_of
+from model import Columns, Features, Floats, Model, PipelineScorer, Transaction, columns_of
 
 PROBLEM = "application/problem+json"
 
@@ -68,7 +68,7 @@ def test_threshold_is_inclusive(model: Model) -> None:
         assert post(app, "/predict", TRANSACTION).json["is_fraud"] is is_fraud
 
 
-class Fixed(Scorer):
+class Fixed(PipelineScorer):
     """Gives every row the same probability, or raises an error that quotes the rows."""
 
     name = "fixed"
