@@ -16,9 +16,11 @@ import socket
 import struct
 import threading
 import time
+from _thread import start_new_thread
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, cast
 
 from gunicorn.arbiter import Arbiter
@@ -105,13 +107,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
         self.conns, self.keepalived_conns = set[TConn](), set[TConn]()  # all, and the idle ones among them
+        self.accepted, self.started = SimpleQueue[TConn](), 0  # connections that wait for a thread; threads started
 
     def run(self) -> None:
         """Accept connections until a signal comes, then stop."""
         while self.alive and self.is_parent_alive():
             self.accept_waiting(1)
         self.alive: bool = False
-        self.stop()
+        stop(self)
 
     def accept_waiting(self, seconds: float) -> bool:
         """Wait up to `seconds` for connections and signals; return whether there were any."""
@@ -144,8 +147,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             client.limit(SURPLUS_SECONDS, surplus=True)
             self.serve(conn)
             return
-        with suppress(RuntimeError):  # the system allows no more threads: the next free one serves it
-            self.tpool.submit(self.serve, conn)
+        if len(self.conns) > self.started:
+            with suppress(RuntimeError):  # the system allows no more threads: the next free one serves it
+                start_new_thread(self.work, ())
+                self.started += 1
+        self.accepted.put(conn)
+
+    def work(self) -> None:
+        """In a thread: serve one connection after another."""
+        while True:
+            self.serve(self.accepted.get())
 
     def serve(self, conn: TConn) -> None:
         """Handle the requests of a connection until it is closed."""
@@ -169,27 +180,28 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.keepalived_conns.remove(conn)
         return bool(more)
 
-    def stop(self) -> None:
-        """Accept no more, let requests in progress end, and leave idle connections a while."""
-        deadline = time.monotonic() + max(self.cfg.graceful_timeout - 1, 1)  # before the master kills this worker
-        while process.stopping[0] and self.accept_waiting(0):
-            pass  # what waits, if the whole service stops; else other workers accept it
-        for listener in self.sockets:
-            listener.close()
-        wait_for_end(self, min(time.monotonic() + LINGER, deadline))
-        for conn in list(self.keepalived_conns):
-            conn.sock.end(socket.SHUT_RD)  # a request that has just come is answered
-        wait_for_end(self, deadline)
-        for conn in list(self.conns):
-            conn.sock.end()
-        wait_for_end(self, time.monotonic() + 1)
-
     def handle_error(self, req: Any, client: Client, addr: Any, exc: Exception) -> None:
         current.unread = True
         if isinstance(exc, ParseException):
             answer_problem(self.log, client, 400)
         else:
             super().handle_error(req, client, addr, exc)
+
+
+def stop(worker: Worker) -> None:
+    """Accept no more, let requests in progress end, and leave idle connections a while."""
+    deadline = time.monotonic() + max(worker.cfg.graceful_timeout - 1, 1)  # before the master kills this worker
+    while process.stopping[0] and worker.accept_waiting(0):
+        pass  # what waits, if the whole service stops; else other workers accept it
+    for listener in worker.sockets:
+        listener.close()
+    wait_for_end(worker, min(time.monotonic() + LINGER, deadline))
+    for conn in list(worker.keepalived_conns):
+        conn.sock.end(socket.SHUT_RD)  # a request that has just come is answered
+    wait_for_end(worker, deadline)
+    for conn in list(worker.conns):
+        conn.sock.end()
+    wait_for_end(worker, time.monotonic() + 1)
 
 
 def wait_for_end(worker: Worker, deadline: float) -> None:

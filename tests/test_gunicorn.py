@@ -20,7 +20,7 @@ from conftest import HERE
 PRIVATE = {
     ThreadWorker: (
         "accept handle handle_error is_parent_alive notify run",
-        "PIPE alive keepalived_conns tpool wait_fds",
+        "PIPE alive keepalived_conns wait_fds",
     ),
     TConn: ("close", "data_ready parser sock"),
     RequestParser: ("", "unreader"),

@@ -59,6 +59,17 @@ def test_drain(champion: str) -> None:
         assert "ERROR" not in service.log
 
 
+def test_stop_at_once(champion: str) -> None:
+    """SIGINT (Ctrl-C) does not wait for connections, idle or in the middle of a request."""
+    with running(champion) as service, closing(kept(service)), service.connect() as half:
+        half.sendall(HEAD + BODY[:50])
+        started = time.monotonic()
+        service.popen.send_signal(signal.SIGINT)
+        assert service.wait(20) == 0
+        assert time.monotonic() - started < 5  # of the 28 that a stop may take
+        assert "Traceback" not in service.log
+
+
 def test_stop_under_load(champion: str, service: Service, chaos: Chaos) -> None:
     """A pod stops and another takes over: no request is lost, on kept connections or new ones.
 
