@@ -108,7 +108,7 @@ def post_fork(server, worker):
 def pre_request(worker, request):
     """So that `close_connection` finds it."""
     current.request = request
-    if current.connection.sock.surplus:
+    if len(worker.conns) > worker.cfg.threads:
         request.force_close()
 
 

@@ -35,10 +35,9 @@ from model import ModelError, Snapshot, fetch_in_child
 
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
-SURPLUS_SECONDS = 0.05  # for which the main thread waits for a client beyond MAX_CONNECTIONS
-# Of this thread: the `connection` that it serves, the `request` that it handles, and whether part of it is `unread`. If
-# so, gunicorn waits up to 2 s for the client to close: a connection that is closed with something unread is reset, and
-# the client may lose the answer.
+HEALTH_CHECKS = 16  # connections beyond MAX_CONNECTIONS, for health checks
+# Of this thread: the `request` that it handles, and whether part of it may be `unread`. If so, gunicorn waits up to 2 s
+# for the client to close: a connection that is closed with something unread is reset, and the answer may be lost.
 current = threading.local()
 
 
@@ -48,15 +47,11 @@ class Client(socket.socket):
     A client without credit is slow, and the connection is closed. What the service computes takes no credit.
     """
 
-    def __init__(self, accepted: socket.socket, seconds: float) -> None:
+    def __init__(self, accepted: socket.socket, seconds: int) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
-        self.limit(seconds)
-
-    def limit(self, seconds: float, surplus: bool = False) -> None:
-        """Set the most credit. To that of a surplus client, bytes add nothing."""
-        self.credit, self.most, self.surplus = seconds, seconds, surplus
+        self.credit, self.most = float(seconds), seconds
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # raises BlockingIOError after that time (socket(7))
-            self.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000)))
+            self.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
 
     def wait(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call a method that waits for the client. Raises `ConnectionResetError` if it is slow."""
@@ -65,7 +60,7 @@ class Client(socket.socket):
             done = call(*args)
         except BlockingIOError:
             done, self.credit = b"", 0.0
-        moved = 0 if self.surplus else done if isinstance(done, int) else len(done)
+        moved = done if isinstance(done, int) else len(done)
         self.credit = min(self.credit + moved / SLOW_RATE - (time.monotonic() - started), self.most)
         if self.credit <= 0:
             raise ConnectionResetError(errno.ECONNRESET, "the client is slow")  # gunicorn closes it quietly
@@ -84,7 +79,7 @@ class Client(socket.socket):
         deadline = time.monotonic() + seconds
         with suppress(OSError):
             while time.monotonic() < deadline:
-                with suppress(BlockingIOError):  # it has waited for the time of `limit`
+                with suppress(BlockingIOError):
                     return super().recv(2**13)
         return b""
 
@@ -97,8 +92,8 @@ class Client(socket.socket):
 class Worker(ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker with a thread for each connection, so that slow clients cannot block others.
 
-    The main thread accepts connections. Beyond MAX_CONNECTIONS it answers 503, but for health checks, which it serves
-    itself. A stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
+    The main thread accepts connections. Beyond MAX_CONNECTIONS it answers 503, but for HEALTH_CHECKS health checks. A
+    stopping worker says `Connection: close` in every answer and leaves idle connections LINGER seconds.
     """
 
     settings: Config
@@ -134,8 +129,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except OSError as error:  # another worker has it, or there is no descriptor or memory for it
             time.sleep(0 if isinstance(error, BlockingIOError) else 0.05)
             return
-        full = len(self.conns) >= self.cfg.threads
-        if full and not is_health_check(accepted):
+        room = self.cfg.threads - len(self.conns)
+        if room <= 0 and not (room > -HEALTH_CHECKS and is_health_check(accepted)):
             answer_problem(self.log, accepted, 503)
             accepted.close()
             return
@@ -143,10 +138,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         conn = TConn(self.cfg, client, address, listener.getsockname())
         conn.data_ready = True  # gunicorn shall not wait for data
         self.conns.add(conn)
-        if full:
-            client.limit(SURPLUS_SECONDS, surplus=True)
-            self.serve(conn)
-            return
         if len(self.conns) > self.started:
             with suppress(RuntimeError):  # the system allows no more threads: the next free one serves it
                 start_new_thread(self.work, ())
@@ -160,15 +151,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def serve(self, conn: TConn) -> None:
         """Handle the requests of a connection until it is closed."""
-        current.connection, current.unread = conn, False
+        current.unread = False
         try:
-            while self.handle(conn) and not conn.sock.surplus and self.wait_for_request(conn):
+            while self.handle(conn) and self.wait_for_request(conn):
                 pass
         except Exception:  # the worker goes on
             self.log.exception("a connection failed")
         finally:
             with suppress(OSError):  # gunicorn has closed it
-                conn.close(graceful=current.unread and not conn.sock.surplus)
+                conn.close(graceful=current.unread)
             self.conns.remove(conn)
 
     def wait_for_request(self, conn: TConn) -> bool:
