@@ -24,7 +24,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from config import Config
 from model import RULES, Explanation, Model, Snapshot, Transaction, TransactionId, columns_of, digest, load, values_of
-from telemetry import LOG_FIELDS, ROUTE, Metrics, ScoreCounter
+from telemetry import LOG_FIELDS, MOST_LINES, ROUTE, Metrics, ScoreCounter
 
 log = logging.getLogger("gunicorn.error")
 
@@ -271,7 +271,7 @@ class Predictor:
         for index, row in enumerate(rows, first):
             if isinstance(row, Transaction):
                 self.process.log_line({**head, "index": index, **self.decision(row, next(following))})
-            if index % 1000 == 0:  # the queue of lines is bounded
+            if index % (MOST_LINES // 2) == 0:  # the queue of lines is bounded
                 self.process.write_log()
         self.process.write_log()
 

@@ -97,7 +97,7 @@ def pre_fork(server, worker):
 
 
 def post_fork(server, worker):
-    """Metrics of its own; and a grace period that ends before the master kills it."""
+    """Metrics of its own, and a time limit for loading the model."""
     if worker.age > server.cfg.workers:
         server.WORKER_BOOT_ERROR = 1  # gunicorn ends the service if a worker exits with 3; only the first ones may
     signal.alarm(settings.model_load_timeout)  # ends a worker that hangs while it loads
@@ -106,7 +106,7 @@ def post_fork(server, worker):
 
 
 def pre_request(worker, request):
-    """So that `close_connection` finds it."""
+    """So that `close_connection` finds it. A worker that is full keeps no connection."""
     current.request = request
     if len(worker.conns) > worker.cfg.threads:
         request.force_close()

@@ -36,6 +36,7 @@ from model import ModelError, Snapshot, fetch_in_child
 SLOW_RATE = 100  # bytes/s in both directions together; slower connections are closed after SLOW_SECONDS
 LINGER = 3  # seconds in which an idle connection of a stopping worker may send one more request
 HEALTH_CHECKS = 16  # connections beyond MAX_CONNECTIONS, for health checks
+ONE_SECOND = struct.pack("ll", 1, 0)
 # Of this thread: the `request` that it handles, and whether part of it may be `unread`. If so, gunicorn waits up to 2 s
 # for the client to close: a connection that is closed with something unread is reset, and the answer may be lost.
 current = threading.local()
@@ -47,46 +48,43 @@ class Client(socket.socket):
     A client without credit is slow, and the connection is closed. What the service computes takes no credit.
     """
 
-    def __init__(self, accepted: socket.socket, seconds: int) -> None:
+    def __init__(self, accepted: socket.socket, seconds: float) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
-        self.credit, self.most = float(seconds), seconds
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # raises BlockingIOError after that time (socket(7))
-            self.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+        self.credit = self.most = seconds
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # after that time comes BlockingIOError (socket(7))
+            self.setsockopt(socket.SOL_SOCKET, option, ONE_SECOND)
 
     def wait(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Call a method that waits for the client. Raises `ConnectionResetError` if it is slow."""
-        started = time.monotonic()
-        try:
-            done = call(*args)
-        except BlockingIOError:
-            done, self.credit = b"", 0.0
-        moved = done if isinstance(done, int) else len(done)
-        self.credit = min(self.credit + moved / SLOW_RATE - (time.monotonic() - started), self.most)
-        if self.credit <= 0:
-            raise ConnectionResetError(errno.ECONNRESET, "the client is slow")  # gunicorn closes it quietly
-        return done
+        """Call a method that waits for the client. Raises `ConnectionResetError` if the credit runs out."""
+        while self.credit > 0:
+            started, done = time.monotonic(), None
+            with suppress(BlockingIOError):
+                done = call(*args)
+            moved = done if isinstance(done, int) else len(done or b"")
+            self.credit = min(self.credit + moved / SLOW_RATE - (time.monotonic() - started), self.most)
+            if done is not None:
+                return done
+        raise ConnectionResetError(errno.ECONNRESET, "the client is slow")  # gunicorn closes it quietly
 
     def recv(self, *args: Any) -> bytes:
         return cast(bytes, self.wait(super().recv, *args))
 
+    def send(self, *args: Any) -> int:
+        return cast(int, self.wait(super().send, *args))
+
     def sendall(self, data: Any, *args: Any) -> None:
         rest = memoryview(data)
         while rest:
-            rest = rest[self.wait(super().send, rest, *args) :]
+            rest = rest[self.send(rest, *args) :]
 
-    def next_request(self, seconds: float) -> bytes:
-        """The begin of the next request; b"" if none comes. Waiting for it takes no credit."""
-        deadline = time.monotonic() + seconds
+    def next_request(self, worker: "Worker") -> bytes:
+        """The begin of the next request; b"" if none comes in time. Waiting for it takes no credit."""
+        started = time.monotonic()
         with suppress(OSError):
-            while time.monotonic() < deadline:
+            while time.monotonic() < min(started + worker.cfg.keepalive, worker.idle_until):
                 with suppress(BlockingIOError):
                     return super().recv(2**13)
         return b""
-
-    def end(self, how: int = socket.SHUT_RDWR) -> None:
-        """Shut it down; its thread closes it."""
-        with suppress(OSError):  # it has ended
-            self.shutdown(how)
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -102,7 +100,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)  # in the master, before the fork
         self.snapshot, self.ready, self.born = process.snapshot, shared_flag(), time.monotonic()
         self.conns, self.keepalived_conns = set[TConn](), set[TConn]()  # all, and the idle ones among them
-        self.accepted, self.started = SimpleQueue[TConn](), 0  # connections that wait for a thread; threads started
+        self.accepted, self.started = SimpleQueue[TConn](), 0  # connections for the threads; how many threads there are
+        self.idle_until = math.inf
 
     def run(self) -> None:
         """Accept connections until a signal comes, then stop."""
@@ -129,20 +128,26 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except OSError as error:  # another worker has it, or there is no descriptor or memory for it
             time.sleep(0 if isinstance(error, BlockingIOError) else 0.05)
             return
-        room = self.cfg.threads - len(self.conns)
-        if room <= 0 and not (room > -HEALTH_CHECKS and is_health_check(accepted)):
+        most = self.cfg.threads
+        if not self.has_room(most) and not (is_health_check(accepted) and self.has_room(most + HEALTH_CHECKS)):
             answer_problem(self.log, accepted, 503)
+            with suppress(OSError):
+                accepted.recv(2**16, socket.MSG_DONTWAIT)  # a connection that is closed with something unread is reset
             accepted.close()
             return
         client = Client(accepted, self.settings.slow_seconds)
         conn = TConn(self.cfg, client, address, listener.getsockname())
         conn.data_ready = True  # gunicorn shall not wait for data
         self.conns.add(conn)
-        if len(self.conns) > self.started:
-            with suppress(RuntimeError):  # the system allows no more threads: the next free one serves it
+        self.accepted.put(conn)
+
+    def has_room(self, most: int) -> bool:
+        """Whether there are fewer connections than that, and a thread is free or can be started."""
+        if self.started <= len(self.conns) < most:
+            with suppress(RuntimeError):  # the system allows no more threads
                 start_new_thread(self.work, ())
                 self.started += 1
-        self.accepted.put(conn)
+        return len(self.conns) < min(self.started, most)
 
     def work(self) -> None:
         """In a thread: serve one connection after another."""
@@ -158,6 +163,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except Exception:  # the worker goes on
             self.log.exception("a connection failed")
         finally:
+            self.keepalived_conns.discard(conn)
             with suppress(OSError):  # gunicorn has closed it
                 conn.close(graceful=current.unread)
             self.conns.remove(conn)
@@ -166,7 +172,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Whether one more request comes on an idle connection."""
         self.keepalived_conns.add(conn)
         more = conn.parser.unreader.take_buffered()  # sent behind the last request without waiting
-        more = more or conn.sock.next_request(self.cfg.keepalive if self.alive else LINGER)
+        more = more or conn.sock.next_request(self)
         conn.parser.unreader.unread(more)
         self.keepalived_conns.remove(conn)
         return bool(more)
@@ -182,16 +188,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 def stop(worker: Worker) -> None:
     """Accept no more, let requests in progress end, and leave idle connections a while."""
     deadline = time.monotonic() + max(worker.cfg.graceful_timeout - 1, 1)  # before the master kills this worker
-    while process.stopping[0] and worker.accept_waiting(0):
+    worker.idle_until = min(time.monotonic() + LINGER, deadline)
+    while process.stopping[0] and time.monotonic() < worker.idle_until and worker.accept_waiting(0):
         pass  # what waits, if the whole service stops; else other workers accept it
     for listener in worker.sockets:
         listener.close()
-    wait_for_end(worker, min(time.monotonic() + LINGER, deadline))
-    for conn in list(worker.keepalived_conns):
-        conn.sock.end(socket.SHUT_RD)  # a request that has just come is answered
     wait_for_end(worker, deadline)
     for conn in list(worker.conns):
-        conn.sock.end()
+        with suppress(OSError):  # it has ended
+            conn.sock.shutdown(socket.SHUT_RDWR)
     wait_for_end(worker, time.monotonic() + 1)
 
 
@@ -212,8 +217,7 @@ def answer_problem(log: telemetry.Log, client: socket.socket, status: int) -> No
     fields |= {"X-Request-ID": request_id} | ({"Retry-After": 1} if status == 503 else {})
     lines = [f"HTTP/1.1 {status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     with suppress(OSError):  # the client may be gone
-        client.send("\r\n".join(lines).encode() + body, socket.MSG_DONTWAIT)
-        client.recv(2**16, socket.MSG_DONTWAIT)  # a connection that is closed with something unread is reset
+        socket.socket.send(client, "\r\n".join(lines).encode() + body, socket.MSG_DONTWAIT)  # also a Client's
 
 
 def is_health_check(client: socket.socket) -> bool:

@@ -164,7 +164,7 @@ class ScoreCounter:
 
 
 class Output(logging.Handler):
-    """Standard output with a bounded queue: a reader that stalls holds up nobody, and lost lines are counted."""
+    """Standard output with a bounded queue: single requests never wait for its reader, and lost lines are counted."""
 
     def __init__(self, lost: Callable[..., None], mask: Callable[[str], str]) -> None:
         super().__init__()

@@ -891,8 +891,9 @@ def test_a_stream_waits_for_its_turn(model: Model) -> None:
     assert (begun + b"".join(rest)).count(b'"transaction_id":"tx_12345"') == 100
 
 
-def test_decisions_are_written_as_they_come(model: Model) -> None:
-    """A batch of any size needs room for 1,000 lines in the queue of the log, and loses none."""
+def test_decisions_are_written_as_they_come(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of any size needs half of the room in the queue of the log, and loses no line."""
+    monkeypatch.setattr("fraud_api.MOST_LINES", 2000)
     waiting, written = list[dict[str, object]](), list[int]()
 
     def write() -> None:
