@@ -160,7 +160,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         try:
             while self.handle(conn) and self.wait_for_request(conn):
                 pass
-        except Exception:  # the worker goes on
+        except BaseException:  # the thread goes on
             self.log.exception("a connection failed")
         finally:
             self.keepalived_conns.discard(conn)
