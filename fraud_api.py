@@ -271,7 +271,7 @@ class Predictor:
         for index, row in enumerate(rows, first):
             if isinstance(row, Transaction):
                 self.process.log_line({**head, "index": index, **self.decision(row, next(following))})
-            if index % (MOST_LINES // 2) == 0:  # the queue of lines is bounded
+            if (index + 1) % (MOST_LINES // 2) == 0:  # the queue of lines is bounded
                 self.process.write_log()
         self.process.write_log()
 

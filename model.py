@@ -64,7 +64,6 @@ SKOPS_FILE, SKOPS_PROTOCOL = "model.skops", 2
 _lines = Path(__file__).with_name("trusted_types.txt").read_text().splitlines()
 TRUSTED_TYPES = {line for line in _lines if line and not line.startswith("#")}
 
-
 # Blocked amid a fork: the exception that their handlers raise at the start would be lost in a hook of `os.fork`.
 STOP_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
 

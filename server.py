@@ -217,7 +217,8 @@ def answer_problem(log: telemetry.Log, client: socket.socket, status: int) -> No
     fields |= {"X-Request-ID": request_id} | ({"Retry-After": 1} if status == 503 else {})
     lines = [f"HTTP/1.1 {status} {found.title}", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     with suppress(OSError):  # the client may be gone
-        socket.socket.send(client, "\r\n".join(lines).encode() + body, socket.MSG_DONTWAIT)  # also a Client's
+        # Not `Client.send`, which would try again.
+        socket.socket.send(client, "\r\n".join(lines).encode() + body, socket.MSG_DONTWAIT)
 
 
 def is_health_check(client: socket.socket) -> bool:
